@@ -1,0 +1,53 @@
+"""moe-lens: what does each expert do, and how far may I believe the answer?
+
+Importing the package imports no torch, no transformers and no plotting; names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "load": "moe_lens.models.load",
+    "Lens": "moe_lens.models.lens",
+    "inspect": "moe_lens.models.spec",
+    "Spec": "moe_lens.models.spec",
+    "Corpus": "moe_lens.corpus.text",
+    "concept": "moe_lens.corpus.concepts",
+    "Concept": "moe_lens.corpus.concepts",
+    "open_run": "moe_lens.capture.run",
+    "Run": "moe_lens.capture.run",
+    "probe": "moe_lens.probing.probe",
+    "Probes": "moe_lens.probing.probe",
+}
+
+if TYPE_CHECKING:
+    from moe_lens.capture.run import Run, capture, open_run
+    from moe_lens.corpus.concepts import Concept, concept
+    from moe_lens.corpus.text import Corpus, corpus
+    from moe_lens.models.lens import Lens
+    from moe_lens.models.load import load
+    from moe_lens.models.spec import Spec, inspect
+    from moe_lens.probing.probe import Probes, probe
+
+__all__ = [
+    "Concept", "Corpus", "Lens", "Probes", "Run", "Spec", "__version__", "capture", "concept", "corpus",
+    "inspect", "load", "open_run", "probe",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name in ("capture", "corpus"):  # callable sub-packages, see moe_lens._callable
+        return importlib.import_module(f"moe_lens.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'moe_lens' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
