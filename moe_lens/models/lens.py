@@ -1,0 +1,245 @@
+"""A loaded model that can be looked into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_lens.errors import BadCorpus, OutOfRange
+from moe_lens.models.seam import Edit, Kernel, OnTap, tapping
+from moe_lens.models.sites import Site, decoder_layers, find_sites
+from moe_lens.models.spec import Spec, spec_of
+from moe_lens.types import ExpertAddress, Role, TokenBatch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from moe_lens.models.trace import Trace
+
+ALL_ROLES = (Role.MOE, Role.DENSE, Role.SHARED)
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last wanted layer has run."""
+
+
+class Lens:
+    """A model, its tokenizer and its anatomy.
+
+    What can be tapped, for an MoE layer and for a dense one::
+
+        model.layers[7]
+        └── mlp                              L7
+            ├── gate                         router_logits (token, expert)
+            ├── experts                      role moe: L7.E0 .. L7.E63
+            │   ├── act(gate) * up           activation (row, d_ff)
+            │   └── down_proj                output (row, d_model), before the router's weight
+            └── shared_expert                role shared: one expert that every token visits
+        model.layers[0]
+        └── mlp                              role dense: L0.E0, one expert that every token visits
+            └── down_proj                    input is activation, output is output
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        kernel: Kernel = "native",
+    ) -> None:
+        """Wrap a transformers model that you built or loaded yourself; `moe_lens.load` does it for a name.
+
+        Raises:
+            UnsupportedModel: the model has no feed-forward layers that can be tapped.
+        """
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.sites: tuple[Site, ...] = find_sites(model)
+        self.name: str = name or getattr(model.config, "name_or_path", "") or type(model).__name__  # type: ignore[union-attr]
+        self.revision = revision
+        self.kernel: Kernel = kernel
+        self.spec: Spec = spec_of(model, name=self.name, revision=revision, sites=self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        weight = self.model.get_input_embeddings().weight
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), weight.device)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with routed experts; of a dense model, all layers with an FFN."""
+        return self.spec.moe_layers or self.spec.dense_layers
+
+    @property
+    def n_experts(self) -> int:
+        """Most experts that any of `layers` has."""
+        return max(entry.n_experts for entry in self.spec.layers if entry.layer in self.layers)
+
+    def check_layers(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        """`layers` sorted and without repeats; None means `self.layers`.
+
+        Raises:
+            OutOfRange: a layer that has no feed-forward part, or an empty list.
+        """
+        if layers is None:
+            return self.layers
+        known = {entry.layer for entry in self.spec.layers}
+        for layer in layers:
+            if layer not in known:
+                raise OutOfRange(
+                    f"{self.name!r} has no layer {layer} to look into: choose from {_ranges(sorted(known))}"
+                )
+        if not layers:
+            raise OutOfRange(f"no layer was chosen: choose from {_ranges(sorted(known))}")
+        return tuple(sorted(set(layers)))
+
+    def address(self, text: str | ExpertAddress) -> ExpertAddress:
+        """Read ``L7.E12`` or ``L7.E12.N304`` and check that the model has it.
+
+        Raises:
+            OutOfRange: unreadable, or outside the model; the message names the valid range.
+        """
+        found = ExpertAddress.parse(text)
+        self.check_layers([found.layer])
+        entry = self.spec.at(found.layer)
+        assert entry is not None
+        if found.expert >= entry.n_experts:
+            raise OutOfRange(
+                f"layer {found.layer} has no expert {found.expert}: its experts are 0 to {entry.n_experts - 1}"
+            )
+        if found.neuron is not None and found.neuron >= entry.d_ff:
+            raise OutOfRange(f"{found} does not exist: neurons are 0 to {entry.d_ff - 1}")
+        return found
+
+    @contextmanager
+    def tapping(
+        self,
+        on_tap: OnTap,
+        *,
+        layers: Sequence[int] | None = None,
+        roles: Sequence[Role] = ALL_ROLES,
+        edit: Edit | None = None,
+    ) -> Iterator[None]:
+        """Deliver taps of `layers` whenever `lens.model` runs inside the block (see `seam.tapping`).
+
+        Raises:
+            OutOfRange: a layer that the model does not have.
+        """
+        chosen = set(self.check_layers(layers))
+        sites = [site for site in self.sites if site.layer in chosen and site.role in roles]
+        with tapping(self.model, sites, on_tap, kernel=self.kernel, edit=edit):
+            yield
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        on_tap: OnTap,
+        *,
+        layers: Sequence[int] | None = None,
+        roles: Sequence[Role] = ALL_ROLES,
+        logits: bool = False,
+        edit: Edit | None = None,
+    ) -> Float[Tensor, "window seq vocab"] | None:
+        """Run one forward pass without gradients and hand over the taps of `layers`.
+
+        Without `logits` the LM head is skipped and the pass ends after the last of `layers`.
+
+        Returns:
+            The logits if asked for, else None.
+
+        Raises:
+            OutOfRange: a layer that the model does not have.
+        """
+        chosen = self.check_layers(layers)
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        with torch.no_grad(), self.tapping(on_tap, layers=chosen, roles=roles, edit=edit):
+            if logits:
+                return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with self._stop_after(chosen[-1]):
+                self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return None
+
+    def loss(self, texts: str | Sequence[str] | TokenBatch) -> float:
+        """Mean negative log-likelihood in nats per predicted token.
+
+        Texts longer than the context are cut into windows. Padding is neither predicted nor read.
+
+        Raises:
+            BadCorpus: no text has two tokens.
+        """
+        total, count = 0.0, 0
+        for ids, mask in self._windows(texts):
+            with torch.no_grad():
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+            counted = (mask[:, 1:] * mask[:, :-1]).bool()
+            total += float(nll[counted].double().sum())
+            count += int(counted.sum())
+        if count == 0:
+            raise BadCorpus("no text has two tokens, so there is nothing to predict: give longer texts")
+        return total / count
+
+    def trace(self, text: str, *, layers: Sequence[int] | None = None, generate: int = 0) -> Trace:
+        """Follow one text through the model: which experts each token visits, and what they do.
+
+        Args:
+            layers: None means all of `self.layers`.
+            generate: continue greedily by up to this many tokens, traced as well.
+
+        Raises:
+            BadCorpus: not a string, or a text without tokens.
+            OutOfRange: a layer that the model does not have, or a text longer than the context.
+        """
+        from moe_lens.models.trace import trace
+
+        return trace(self, text, layers=layers, generate=generate)
+
+    def _windows(
+        self, texts: str | Sequence[str] | TokenBatch
+    ) -> Iterator[tuple[Int[Tensor, "window seq"], Int[Tensor, "window seq"]]]:
+        if isinstance(texts, TokenBatch):
+            yield texts.input_ids.to(self.device), texts.attention_mask.to(self.device)
+            return
+        width = self.spec.max_positions or 2048
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = torch.tensor([self.tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long, device=self.device)
+            for window in ids.split(width, dim=1):
+                if window.shape[1] > 1:
+                    yield window, torch.ones_like(window)
+
+    @contextmanager
+    def _stop_after(self, layer: int) -> Iterator[None]:
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        handle = self.blocks[layer].register_forward_hook(stop)
+        try:
+            yield
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+
+    @cached_property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The decoder layers, as transformers counts them."""
+        return tuple(block for _, block in decoder_layers(self.model))
+
+    def __repr__(self) -> str:
+        return f"Lens({self.name!r}, layers={_ranges(list(self.layers))}, kernel={self.kernel!r}, device={self.device})"
+
+
+def _ranges(layers: list[int]) -> str:
+    """``"0 to 15"``, or ``"1, 3, 5"`` when there are gaps."""
+    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))

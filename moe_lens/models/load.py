@@ -1,0 +1,151 @@
+"""Load a model: a hub id, a folder, or one of the bundled organisms, as a `Lens`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_lens.errors import BadConfig, ModelNotFound, NotAnMoE
+from moe_lens.models import source
+from moe_lens.models.lens import Lens
+from moe_lens.models.seam import KERNELS, Kernel
+from moe_lens.models.sites import find_sites
+from moe_lens.models.spec import Spec, empty_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+def load(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    kernel: Kernel = "native",
+) -> Lens:
+    """Load a causal language model, sparse or dense, ready to be tapped.
+
+    Args:
+        name: a hub id, a folder, or ``bundled:tiny-moe`` / ``bundled:tiny-dense``.
+        dtype: None keeps the checkpoint's own; else bfloat16, float16 or float32.
+        device: None means the GPU if there is one, else the CPU. Ignored with `device_map`.
+        device_map: "auto" spreads a large model over GPUs, CPU and disk (accelerate).
+        trust_remote_code: run code that the repository brings; off unless you ask.
+        kernel: order of the expert computation; "native" is bit-equal to what transformers would run.
+
+    Raises:
+        ModelNotFound: no such model, tokenizer or weights, damaged weights, or the hub cannot be reached.
+        UnsupportedModel: not a causal language model, quantised experts, or transformers is too old.
+        BadConfig: an unknown dtype, device or kernel.
+    """
+    wanted = _dtype(dtype)
+    place = _device(device) if device_map is None else None
+    if kernel not in KERNELS:
+        raise BadConfig(f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}")
+    where = source.resolve(name)
+    options = source.Options(revision, local_files_only, trust_remote_code)
+    config = source.read_config(where, options)
+    find_sites(empty_model(config, trust_remote_code))
+    tokenizer = source.read_tokenizer(where, options)
+    source.check_weights(where)
+    model = _weights(where, options, config, wanted, device_map)
+    if place is not None:
+        model.to(place)
+    model.eval()
+    return Lens(model, tokenizer, name=where.name, revision=source.commit(where, revision), kernel=kernel)
+
+
+def require_moe(spec: Spec) -> None:
+    """Refuse a dense model where experts are needed.
+
+    Raises:
+        NotAnMoE: `spec` has no layer with more than one expert.
+    """
+    if not spec.is_moe:
+        raise NotAnMoE(
+            f"{spec.name!r} is a dense model ({spec.model_type}): give a Mixture-of-Experts model here, "
+            "and the dense one with --baseline"
+        )
+
+
+def _weights(
+    where: source.Source, options: source.Options, config: Any, dtype: torch.dtype | str, device_map: Any
+) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    extra = {} if device_map is None else {"device_map": device_map}
+    try:
+        with _bars_only_on_terminals():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where.location, config=config, dtype=dtype, output_loading_info=True, **extra, **options.kwargs()
+            )
+    except SafetensorError as error:
+        raise ModelNotFound(f"the weights of {where.name!r} are damaged: download them again ({error})") from error
+    except OSError as error:
+        raise ModelNotFound(f"the weights of {where.name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        if "size mismatch" in str(error) or "mismatch" in str(error).lower():
+            raise ModelNotFound(
+                f"the weights of {where.name!r} do not fit its config.json: use both of one release"
+            ) from error
+        raise
+    model, info = loaded
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelNotFound(
+            f"the weights of {where.name!r} lack {len(missing)} tensors (first: {missing[0]}), which would be random: "
+            "download the checkpoint again"
+        )
+    return model
+
+
+@contextmanager
+def _bars_only_on_terminals() -> Iterator[None]:
+    """Keep transformers' progress bar out of logs."""
+    from transformers.utils import logging as bars
+
+    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = DTYPES.get(dtype.removeprefix("torch."))
+    if known is None:
+        raise BadConfig(f"unknown dtype {dtype!r}: use bfloat16, float16 or float32")
+    return known
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise BadConfig(f"unknown device {device!r}: use cpu, cuda or cuda:0") from error
+    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+        raise BadConfig(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    return place
