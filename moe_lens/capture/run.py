@@ -1,0 +1,298 @@
+"""The run directory: manifest.json and parquet tables that every command adds to.
+
+A run belongs to one model, one corpus and one seed. A command asks for a directory with ``create_run``; it is
+refused when the directory holds something else. Tables and manifest are replaced atomically, so a killed or
+failed command leaves the last good state. Parts of an unfinished command live in ``.partial/`` and are what
+``--resume`` starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_lens.capture import tables
+from moe_lens.capture.routing import RoutingStats
+from moe_lens.capture.store import write_json, write_table
+from moe_lens.capture.stream import Consumer, stream
+from moe_lens.errors import BadOutput
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_lens.corpus.batches import Tokenized
+    from moe_lens.corpus.text import Corpus
+    from moe_lens.models.lens import Lens
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_PACKAGES = ("moe-lens", "torch", "transformers", "scikit-learn", "datasets", "pandas", "numpy")
+
+
+def digest(value: Any) -> str:
+    """Short sha256 of a JSON-able value; used to tell two configurations apart."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Run:
+    """A run directory on disk. Reading is lazy; nothing is cached, so the object never goes stale.
+
+    ``run.routing``, ``run.experts()``, ``run.coactivation(layer)``, ``run.frame("probe")``, ``run.manifest``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, tables={[p.stem for p in self._table_paths()]})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(f"<li><code>{escape(p.name)}</code></li>" for p in self._table_paths())
+        model = escape(str(self.manifest.get("model", {}).get("name", "?")))
+        return f"<b>moe-lens run</b> <code>{escape(str(self.path))}</code> on {model}<ul>{rows}</ul>"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Merge `entries` into the manifest; dict values are merged one level deep."""
+        manifest = self.manifest
+        for key, value in entries.items():
+            old = manifest.get(key)
+            manifest[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        write_json(self.path / MANIFEST, manifest)
+
+    def _table_paths(self) -> list[Path]:
+        return sorted(self.path.glob("*.parquet"))
+
+    def has(self, name: str) -> bool:
+        """Whether the table `name` was written."""
+        return (self.path / f"{name}.parquet").exists()
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """Read a table.
+
+        Raises:
+            BadOutput: the run has no such table.
+        """
+        import pandas as pd
+
+        path = self.path / f"{name}.parquet"
+        if not path.exists():
+            have = ", ".join(p.stem for p in self._table_paths()) or "none yet"
+            raise BadOutput(f"{self.path} has no table {name!r}; it has: {have}")
+        return pd.read_parquet(path)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table of the run by name."""
+        return {path.stem: self.frame(path.stem) for path in self._table_paths()}
+
+    def write(self, name: str, frame: pd.DataFrame) -> None:
+        """Replace the table `name`, atomically."""
+        write_table(self.path / f"{name}.parquet", frame)
+
+    @property
+    def routing(self) -> pd.DataFrame:
+        """One row per (layer, role, expert); see ``tables.routing_table`` for the columns."""
+        return self.frame("routing")
+
+    def coactivation(self, layer: int) -> pd.DataFrame:
+        """Pairs of experts of one layer, most often chosen together first."""
+        pairs = self.frame("coactivation")
+        return pairs[pairs.layer == layer].sort_values("lift", ascending=False, ignore_index=True)
+
+    def experts(self) -> pd.DataFrame:
+        """Routed experts with address, load, weighted norm, and the domain each is most enriched for."""
+        routing = self.routing
+        moe = routing[routing.role == "moe"].copy()
+        moe.insert(0, "address", [f"L{a}.E{b}" for a, b in zip(moe.layer, moe.expert, strict=True)])
+        if self.has("routing_fields"):
+            by_field = self.frame("routing_fields")
+            by_field = by_field[(by_field.field == "domain") & (by_field.visits >= 20)]
+            best = by_field.sort_values("lift").groupby(["layer", "expert"]).tail(1)
+            best = best.rename(columns={"value": "top_domain", "lift": "top_domain_lift"})
+            moe = moe.merge(best[["layer", "expert", "top_domain", "top_domain_lift"]], how="left")
+        return moe.reset_index(drop=True)
+
+    @property
+    def partial(self) -> Path:
+        """Folder of finished parts of an unfinished command."""
+        return self.path / ".partial"
+
+    def clear_partial(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def open_run(path: str | Path) -> Run:
+    """Open an existing run directory.
+
+    Raises:
+        BadOutput: `path` is not a run directory.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).exists():
+        raise BadOutput(
+            f"{path} is not a run directory (it has no {MANIFEST}); give the folder a command wrote with -o"
+        )
+    return Run(path)
+
+
+def create_run(path: str | Path, identity: dict[str, Any], *, resume: bool = True) -> Run:
+    """Make or reopen the directory of a run.
+
+    Args:
+        identity: model, corpus and seed; two runs with different identities never share a directory.
+        resume: reopen a directory of the same identity; False starts it anew.
+
+    Raises:
+        BadOutput: `path` holds another run, or files that no run wrote.
+        WriteFailed: it cannot be written.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise BadOutput(f"{path} is a file: give -o a folder")
+    if (path / MANIFEST).exists():
+        run = Run(path)
+        manifest = run.manifest
+        if manifest.get("identity_hash") == digest(identity):
+            if not resume:
+                _empty(path)
+            else:
+                return run
+        else:
+            old = manifest.get("model", {}).get("name", "another model")
+            raise BadOutput(
+                f"{path} holds another run ({old}, corpus {manifest.get('corpus', {}).get('id', '?')}, "
+                f"seed {manifest.get('seed', '?')}): give another -o; --resume only continues a run of the same "
+                f"model, corpus, seed and settings"
+            )
+    elif path.exists() and any(path.iterdir()):
+        raise BadOutput(f"{path} is not empty and is no moe-lens run: give -o a new or an empty folder")
+    write_json(path / MANIFEST, _new_manifest(identity))
+    return Run(path)
+
+
+def _empty(path: Path) -> None:
+    for table in path.glob("*.parquet"):
+        table.unlink()
+    shutil.rmtree(path / ".partial", ignore_errors=True)
+
+
+def _new_manifest(identity: dict[str, Any]) -> dict[str, Any]:
+    from moe_lens.config import prompt_hashes
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command_line": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "identity_hash": digest(identity),
+        **identity,
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "prompts": prompt_hashes(),
+        "commands": {},
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a number."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def identity_of(lens: Lens, tokenized: Tokenized, corpus: Corpus, *, seed: int) -> dict[str, Any]:
+    """What makes two runs comparable: model, corpus, tokens and seed, as the manifest stores them."""
+    return {
+        "model": {
+            "name": lens.name,
+            "revision": lens.revision,
+            "config_hash": digest(lens.model.config.to_dict()),
+            "dtype": str(lens.model.dtype).removeprefix("torch."),
+            "kernel": lens.kernel,
+            "tokenizer_hash": tokenizer_hash(lens.tokenizer),
+        },
+        "corpus": {"id": corpus.id, "sha256": corpus.sha256, "n_documents": len(corpus)},
+        "seed": seed,
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Short sha256 over the vocabulary."""
+    return digest(sorted(tokenizer.get_vocab().items()))
+
+
+def write_routing(run: Run, stats: RoutingStats, corpus: Corpus) -> None:
+    """Write every table that follows from routing statistics."""
+    run.write("routing", tables.routing_table(stats))
+    run.write("coactivation", tables.coactivation_table(stats))
+    run.write("notable_experts", tables.notable_experts(stats))
+    fields = [document.fields for document in corpus.documents]
+    names = [n for n in ("domain", "kind", "language", "register") if any(n in f for f in fields)]
+    run.write("routing_fields", tables.routing_by_field(stats, fields, names))
+
+
+def capture(
+    lens: Lens,
+    corpus: Corpus,
+    *,
+    consumers: Sequence[Consumer] = (),
+    out: str | Path | None = None,
+    layers: Sequence[int] | None = None,
+    max_length: int = 256,
+    max_tokens: int | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    resume: bool = True,
+    progress: bool = True,
+) -> Run | RoutingStats:
+    """Stream a corpus through a model once and keep routing statistics and whatever `consumers` keep.
+
+    Args:
+        consumers: further mergeable consumers; they are filled in place.
+        out: run directory. None keeps everything in memory and returns the ``RoutingStats``.
+        max_tokens: stop after about this many tokens, whole documents, spread over domains.
+
+    Raises:
+        BadOutput: `out` holds another run.
+        OutOfRange: a layer the model does not have.
+    """
+    from moe_lens.corpus.batches import batches, tokenize
+
+    started = time.perf_counter()
+    layers = lens.check_layers(layers)
+    tokenized = tokenize(corpus, lens.tokenizer, [], max_length=max_length, limit_tokens=max_tokens, seed=seed)
+    run = create_run(out, identity_of(lens, tokenized, corpus, seed=seed), resume=resume) if out else None
+    stats = RoutingStats(len(corpus))
+    loader = batches(tokenized, split=None, tokens_per_batch=batch_tokens)
+    n_tokens = stream(lens, loader, [stats, *consumers], layers=layers, progress=progress)
+    if run is None:
+        return stats
+    write_routing(run, stats, corpus)
+    entry = {"n_tokens": n_tokens, "seconds": time.perf_counter() - started, "peak_memory": peak_memory_bytes()}
+    run.update_manifest(commands={"capture": entry})
+    return run
