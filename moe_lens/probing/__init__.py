@@ -1,0 +1,1 @@
+"""Probing: k-sparse probes and the comparison with a dense model."""

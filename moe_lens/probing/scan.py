@@ -1,0 +1,225 @@
+"""Probe every cell of one model under one document split.
+
+1. Stream the select documents, a group of layers at a time: moments of every (cell, concept, neuron), and rows.
+2. Rank neurons, fit k = 1 everywhere; fit larger k in the best cells of each concept.
+3. Stream the validate and test documents once, keeping only the neurons that some probe reads.
+4. Score every probe; keep per-document counts of the cells that an arm reports.
+
+Every document goes through the model once per group of layers for step 1 and once in all for step 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from moe_lens.capture.moments import ClassMoments
+from moe_lens.capture.routing import RoutingStats
+from moe_lens.capture.rows import RowStore
+from moe_lens.capture.stream import stream
+from moe_lens.capture.tokens import TokenTable
+from moe_lens.corpus.batches import Batches, Tokenized, batches
+from moe_lens.corpus.splits import SPLITS
+from moe_lens.probing.compare import ModelScores, WinnerKey, winner_keys
+from moe_lens.probing.evaluate import Evaluator, columns_needed
+from moe_lens.probing.fit import LayerFitter, Probe
+from moe_lens.probing.memory import layer_groups
+from moe_lens.probing.settings import BEST_CELLS, ProbeSettings
+from moe_lens.types import Role, Split
+
+if TYPE_CHECKING:
+    from moe_lens.models.lens import Lens
+    from moe_lens.models.spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over model and corpus gave."""
+
+    scores: ModelScores
+    routing: RoutingStats
+    n_tokens: int
+    """Tokens that went through the model, summed over passes."""
+    n_passes: int
+    """Passes over the select split, one per group of layers."""
+
+
+def scope_numbers(tokenized: Tokenized) -> list[int]:
+    """Number the distinct scopes of the concepts; concepts defined on the same documents share one."""
+    seen: dict[tuple[tuple[str, tuple[str, ...]], ...], int] = {}
+    keys = [tuple(sorted((name, tuple(values)) for name, values in c.scope.items())) for c in tokenized.concepts]
+    return [seen.setdefault(key, len(seen)) for key in keys]
+
+
+def scan(
+    lens: Lens,
+    tokenized: Tokenized,
+    settings: ProbeSettings,
+    *,
+    layers: Sequence[LayerSpec],
+    role: Role,
+    experts: Sequence[tuple[int, int]] | None = None,
+    max_memory: int | None = None,
+    progress: bool = True,
+) -> Scan:
+    """Probe the cells of one model.
+
+    Args:
+        layers: feed-forward layers to probe.
+        experts: restrict to these (layer, expert) cells.
+        max_memory: limit on the resident set of the process in bytes.
+
+    Raises:
+        MemoryLimit: not even one layer fits.
+    """
+    scopes = scope_numbers(tokenized)
+    n_documents = len(tokenized.corpus)
+    routing = RoutingStats(n_documents)
+    groups = layer_groups(
+        layers,
+        n_classes=len(scopes) + len(set(scopes)) + 1,
+        n_rows=_batches(tokenized, Split.SELECT, settings).n_tokens,
+        d_model=lens.spec.d_model,
+        settings=settings,
+        itemsize=lens.model.dtype.itemsize,
+        max_memory=max_memory,
+    )
+    probes: list[Probe] = []
+    n_tokens = 0
+    for number, group in enumerate(groups):
+        tag = f"{role.value} select {number + 1}/{len(groups)}"
+        found, stats, n = _select(lens, tokenized, settings, group, scopes, experts, tag, progress)
+        if number:  # the same documents again: count them once
+            stats.tokens_of_document.zero_()
+        routing.merge(stats)
+        probes += found
+        n_tokens += n
+    probes = _best_cells_only(probes, settings)
+    evaluator, n = _evaluation_rows(lens, tokenized, settings, layers, scopes, probes, routing, role, progress)
+    cells = _score(evaluator, probes, tokenized, role, progress)
+    concept_number = {c.name: i for i, c in enumerate(tokenized.concepts)}
+    wanted = {(a, b, concept_number[c], d): (a, b, c, d) for a, b, c, d in winner_keys(cells)}
+    reported: dict[tuple[int, int], list[Probe]] = {}
+    for probe in probes:
+        if (probe.layer, probe.expert, probe.concept, probe.k) in wanted:
+            reported.setdefault((probe.layer, probe.expert), []).append(probe)
+    kept: dict[WinnerKey, np.ndarray] = {}
+    for members in reported.values():
+        for probe, counts in zip(members, evaluator.document_counts(members, n_documents), strict=True):
+            kept[wanted[probe.layer, probe.expert, probe.concept, probe.k]] = counts
+    d_ff = max(layer.d_ff for layer in layers)
+    return Scan(ModelScores(role.value, settings.seed, d_ff, cells, kept), routing, n_tokens + n, len(groups))
+
+
+def _batches(tokenized: Tokenized, split: Split, settings: ProbeSettings) -> Batches:
+    return batches(tokenized, split=split, tokens_per_batch=settings.batch_tokens)
+
+
+def _select(
+    lens: Lens,
+    tokenized: Tokenized,
+    settings: ProbeSettings,
+    group: Sequence[int],
+    scopes: Sequence[int],
+    experts: Sequence[tuple[int, int]] | None,
+    tag: str,
+    progress: bool,
+) -> tuple[list[Probe], RoutingStats, int]:
+    """Steps 1 and 2 for one group of layers."""
+    from tqdm.auto import tqdm
+
+    tokens, moments, routing = TokenTable(), ClassMoments(scopes), RoutingStats(len(tokenized.corpus))
+    rows = RowStore(tokens, scopes, max_rows=settings.max_rows, seed=settings.seed)
+    loader = _batches(tokenized, Split.SELECT, settings)
+    consumers = [tokens, moments, rows, routing]
+    n = stream(lens, loader, consumers, layers=group, progress=progress, describe=tag)
+    probes: list[Probe] = []
+    everything = range(len(scopes))
+    for layer in tqdm(moments.layers, desc=f"{tag}: fit", unit="layer", disable=None if progress else True):
+        fitter = LayerFitter(layer, moments.moments(layer), tokens, settings)
+        cells = [e for e in range(len(moments.counts(layer))) if experts is None or (layer, e) in experts]
+        first = [p for e in cells for p in fitter.fit(e, rows.rows(layer, e), everything, [1])]
+        probes += first
+        moments.drop(layer)
+        larger = [k for k in settings.k if k > 1]
+        if not larger:
+            rows.drop(layer)
+            continue
+        chosen = {(p.expert, p.concept) for p in _leading(probes, settings) if p.layer == layer}
+        for e in cells:
+            mine = sorted(c for expert, c in chosen if expert == e)
+            if mine:
+                probes += fitter.fit(e, rows.rows(layer, e), mine, larger)
+        rows.drop(layer)
+    return probes, routing, n
+
+
+def _leading(probes: Sequence[Probe], settings: ProbeSettings) -> list[Probe]:
+    """The k = 1 probes of the cells that deserve larger k: the best eight per concept by select AUROC."""
+    fitted = [p for p in probes if p.k == 1 and p.fitted]
+    if settings.all_cells:
+        return fitted
+    by_concept: dict[int, list[Probe]] = {}
+    for probe in fitted:
+        by_concept.setdefault(probe.concept, []).append(probe)
+    return [
+        probe
+        for members in by_concept.values()
+        for probe in sorted(members, key=lambda p: (-p.auroc_select, p.layer, p.expert))[:BEST_CELLS]
+    ]
+
+
+def _best_cells_only(probes: Sequence[Probe], settings: ProbeSettings) -> list[Probe]:
+    """Drop larger k from cells that a later layer pushed out of the best eight; keep k = 1 if it was asked for."""
+    leading = {(p.layer, p.expert, p.concept) for p in _leading(probes, settings)}
+    return [
+        p for p in probes if (p.k == 1 and 1 in settings.k) or (p.k > 1 and (p.layer, p.expert, p.concept) in leading)
+    ]
+
+
+def _evaluation_rows(
+    lens: Lens,
+    tokenized: Tokenized,
+    settings: ProbeSettings,
+    layers: Sequence[LayerSpec],
+    scopes: Sequence[int],
+    probes: Sequence[Probe],
+    routing: RoutingStats,
+    role: Role,
+    progress: bool,
+) -> tuple[Evaluator, int]:
+    """Step 3: stream validate and test documents, keep the needed columns."""
+    columns = columns_needed(probes, {layer.layer: layer.n_experts for layer in layers})
+    tokens = TokenTable()
+    rows = RowStore(tokens, scopes, max_rows=None, columns=columns, seed=settings.seed)
+    n = 0
+    for split in (Split.VALIDATE, Split.TEST):
+        loader = _batches(tokenized, split, settings)
+        tag = f"{role.value} {split.value}"
+        chosen = [layer.layer for layer in layers]
+        n += stream(lens, loader, [tokens, rows, routing], layers=chosen, progress=progress, describe=tag)
+    return Evaluator(rows, columns, [SPLITS[code] for code in tokenized.splits]), n
+
+
+def _score(
+    evaluator: Evaluator, probes: Sequence[Probe], tokenized: Tokenized, role: Role, progress: bool
+) -> pd.DataFrame:
+    """Step 4: one row per probe."""
+    from tqdm.auto import tqdm
+
+    by_cell: dict[tuple[int, int], list[Probe]] = {}
+    for probe in probes:
+        by_cell.setdefault((probe.layer, probe.expert), []).append(probe)
+    bar = tqdm(sorted(by_cell), desc=f"{role.value} score", unit="cell", disable=None if progress else True)
+    rows = [row for at in bar for row in evaluator.score(*at, by_cell[at])]
+    frame = pd.DataFrame(rows)
+    concepts = tokenized.concepts
+    which = frame.pop("concept").to_numpy()
+    frame.insert(2, "concept", [concepts[i].name for i in which])
+    frame.insert(3, "category", [concepts[i].category for i in which])
+    frame.insert(4, "granularity", [str(concepts[i].granularity) for i in which])
+    return frame.sort_values(["concept", "k", "layer", "expert"], ignore_index=True, kind="stable")

@@ -1,0 +1,188 @@
+"""``ml.probe`` end to end on tiny models: columns, arms, resume, refusals, memory groups, invariances."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import moe_lens as ml
+from moe_lens.errors import BadConfig, BadOutput, MemoryLimit, OutOfRange
+from moe_lens.probing import probe as probe_module
+from moe_lens.probing import scan as scan_module
+
+CONCEPTS = ["contains_digit", "contains_capital", "contains_whitespace", "domain_up"]
+PROBE_COLUMNS = (
+    "model, role, protocol, seed, layer, expert, concept, category, granularity, k, neurons, sign, n_select, "
+    "n_validate, n_test, n_pos_select, n_pos_validate, n_pos_test, prevalence, f1, f1_always_positive, "
+    "f1_balanced, precision, recall, auroc, average_precision, balanced_accuracy, mcc, auroc_validate, "
+    "f1_balanced_validate, status"
+).split(", ")
+COMPARISON_COLUMNS = (
+    "arm, concept, k, metric, moe, dense, gap, ci_low, ci_high, p_value, null_mean, n_cells_moe, n_cells_dense, "
+    "n_distinct_neurons_moe, n_distinct_neurons_dense, n_seeds, sd_seeds, status"
+).split(", ")
+
+
+def run(lens, corpus, **kwargs):
+    return ml.probe(lens, corpus, **{"concepts": CONCEPTS, "k": (1, 4), "progress": False, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def result(moe, dense, corpus, tmp_path_factory):
+    return run(moe, corpus, baseline=dense, out=tmp_path_factory.mktemp("run"))
+
+
+def test_tables_have_the_columns_of_the_contract(result):
+    assert set(PROBE_COLUMNS) <= set(result.cells.columns)
+    assert set(COMPARISON_COLUMNS) <= set(result.comparison.columns)
+    written = result.run.frame("probe")
+    assert written.select_dtypes("number").columns.isin(["f1", "auroc", "n_test"]).sum() == 3
+    assert set(result.cells.status) <= {"ok", "separable", "too_few", "constant", "not_converged"}
+
+
+def test_every_cell_of_both_models_is_there_once_per_concept_at_k_1(result):
+    first = result.cells[result.cells.k == 1]
+    assert len(first[first.role == "moe"]) == 2 * 6 * len(CONCEPTS)
+    assert len(first[first.role == "dense"]) == 2 * len(CONCEPTS)
+    assert not first.duplicated(["role", "layer", "expert", "concept"]).any()
+
+
+def test_numbers_are_there_exactly_where_the_status_says_so(result):
+    good = result.cells.status.isin(["ok", "separable"])
+    assert good.any()
+    assert result.cells.f1[good].notna().all()
+    assert result.cells.f1[~good].isna().all()
+    assert (result.cells.n_pos_test[good] >= 25).all()
+    assert (result.cells.n_pos_select[good] >= 50).all()
+
+
+def test_both_arms_come_with_the_always_positive_f1_and_intervals(result):
+    arms = result.arms(metric="f1")
+    assert arms.arm.tolist() == ["raw", "held_out"]
+    assert arms.moe.to_numpy()[0] >= arms.moe.to_numpy()[1]
+    assert arms.chance_moe.between(0.1, 0.9).all()
+    assert (arms.ci_low <= arms.gap + 0.05).all()
+    assert (arms.ci_high >= arms.gap - 0.05).all()
+
+
+def test_the_best_held_out_neuron_beats_chance(result):
+    best = result.best().set_index(["role", "concept"])
+    row = best.loc["moe", "contains_digit"]
+    assert row.auroc > 0.6
+    assert row.f1 > row.f1_always_positive
+
+
+def test_the_run_directory_tells_what_was_done(result):
+    entry = result.run.manifest["commands"]["probe"]
+    assert entry["state"] == "done"
+    assert entry["peak_memory"] > 1e6
+    assert [p["model"] for p in entry["passes"]] == ["tiny-olmoe", "tiny-llama"]
+    assert {"probe", "comparison", "concepts", "routing", "routing_fields", "coactivation"} <= set(result.run.tables())
+    assert not result.run.partial.exists()
+
+
+def test_routing_counts_every_eligible_token_once(result, corpus):
+    routing = result.run.routing
+    assert routing.groupby("layer").load.sum().tolist() == [120 * 59 * 2] * 2
+
+
+def test_the_same_call_again_reads_the_result_back(moe, dense, corpus, result, monkeypatch):
+    monkeypatch.setattr(probe_module, "scan", None)
+    again = run(moe, corpus, baseline=dense, out=result.run.path)
+    pd.testing.assert_frame_equal(again.comparison, result.comparison, check_dtype=False)
+
+
+def test_other_settings_in_the_same_directory_are_refused(moe, dense, corpus, result):
+    with pytest.raises(BadOutput, match=r"other settings \(k\).*--no-resume"):
+        run(moe, corpus, baseline=dense, out=result.run.path, k=(1, 2))
+    with pytest.raises(BadOutput, match="another run"):
+        run(moe, corpus, baseline=dense, out=result.run.path, seed=1)
+
+
+def test_a_killed_run_resumes_without_repeating_the_finished_model(moe, dense, corpus, result, tmp_path, monkeypatch):
+    calls = []
+    real = scan_module.scan
+
+    def dies_on_the_second(lens, *args, **kwargs):
+        calls.append(lens.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(lens, *args, **kwargs)
+
+    monkeypatch.setattr(probe_module, "scan", dies_on_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(moe, corpus, baseline=dense, out=tmp_path / "r")
+    resumed = run(moe, corpus, baseline=dense, out=tmp_path / "r")
+    assert calls == ["tiny-olmoe", "tiny-llama", "tiny-llama"]
+    pd.testing.assert_frame_equal(resumed.comparison, result.comparison)
+    pd.testing.assert_frame_equal(resumed.cells, result.cells)
+
+
+def test_layer_groups_give_the_same_tables_as_one_pass(moe, corpus, monkeypatch):
+    one = run(moe, corpus)
+    monkeypatch.setattr(scan_module, "layer_groups", lambda layers, **_: [[layer.layer] for layer in layers])
+    two = run(moe, corpus)
+    pd.testing.assert_frame_equal(one.cells, two.cells)
+    pd.testing.assert_frame_equal(one.comparison, two.comparison)
+
+
+def test_a_memory_limit_too_small_for_one_layer_is_refused(moe, corpus):
+    with pytest.raises(MemoryLimit, match="raise --max-memory"):
+        run(moe, corpus, max_memory=1_000_000)
+
+
+def test_batch_size_changes_nothing_beyond_rounding(moe, corpus):
+    one, two = run(moe, corpus, batch_size=3), run(moe, corpus)
+    same = one.cells.neurons.map(list) == two.cells.neurons.map(list)
+    assert same.mean() > 0.98
+    np.testing.assert_allclose(one.cells.auroc[same], two.cells.auroc[same], atol=1e-3)
+
+
+def test_a_dense_model_against_itself_has_no_gap(dense, corpus):
+    table = run(dense, corpus, baseline=dense).comparison
+    table = table[table.status == "ok"]
+    assert len(table)
+    assert (table.gap == 0).all()
+    assert (table.ci_low == 0).all()
+
+
+def test_more_splits_give_more_seeds(moe, corpus):
+    result = run(moe, corpus, splits=2, k=(1,))
+    assert set(result.cells.seed) == {0, 1}
+    assert result.comparison.n_seeds.max() == 2
+
+
+def test_layers_and_experts_can_be_chosen(moe, corpus):
+    cells = run(moe, corpus, layers=[1], experts=["L1.E3", "1:0"], k=(1,)).cells
+    assert set(zip(cells.layer, cells.expert, strict=True)) == {(1, 0), (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        ({"k": (1, 4000)}, BadConfig, "neurons"),
+        ({"k": (0,)}, BadConfig, "positive"),
+        ({"layers": [7]}, OutOfRange, "no layer 7"),
+        ({"experts": ["L0.E99"]}, OutOfRange, "no expert 99"),
+        ({"layers": [0], "experts": ["L1.E0"]}, OutOfRange, "--layers"),
+        ({"splits": 0}, BadConfig, "--splits"),
+        ({"rank": "magic"}, BadConfig, "ranking"),
+        ({"protocol": "magic"}, BadConfig, "protocol"),
+        ({"max_rows": 3}, BadConfig, "--max-rows"),
+        ({"concepts": []}, BadConfig, "concept"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(moe, corpus, tmp_path, kwargs, error, says):
+    with pytest.raises(error, match=says):
+        run(moe, corpus, out=tmp_path / "r", **kwargs)
+    assert not (tmp_path / "r").exists()
+
+
+def test_result_objects_show_themselves(result):
+    assert "held" in result._repr_html_() or "other documents" in result._repr_html_()
+    assert result.plot().data[0].mode == "markers"
+    assert result.summary()["arms"]["raw"]["f1"]["moe"] > 0
+    assert "zero" in result.finding()
+    assert "probe" in repr(result.run)
+    assert "tiny-olmoe" in result.run._repr_html_()
+    assert {"address", "load", "top_domain"} <= set(result.run.experts().columns)
+    assert (result.run.coactivation(0).layer == 0).all()
