@@ -129,7 +129,7 @@ def ranking_scores(
     keys = ordered.astype(np.uint64) << np.uint64(1)
     keys |= truth.T.astype(np.uint64)
     if used is not None:
-        keys[~used.T] = _UNUSED
+        keys = np.where(used.T, keys, _UNUSED)
     keys.sort(axis=1)
     keys = keys[:, ::-1]
     member = np.ones(keys.shape, bool) if used is None else keys != _UNUSED

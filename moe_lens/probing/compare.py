@@ -159,7 +159,7 @@ def resampled(
     F1 and balanced F1 are exact; AUROC is its first-order (Hajek) expansion around the full sample, which
     needs no re-ranking. NaN where a resample holds only one class.
     """
-    total = np.einsum("bd,wdc->wbc", times, counts)
+    total = np.matmul(times, counts)
     tp, fp, fn, tn, placed_pos, placed_neg = (total[..., i] for i in range(len(COUNTS)))
     with np.errstate(divide="ignore", invalid="ignore"):
         if metric == "f1":

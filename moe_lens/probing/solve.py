@@ -38,7 +38,7 @@ def fit_logistic(
     weight: Float[Tensor, "problem row"],
     *,
     c: float = 1.0,
-    tolerance: float = 1e-9,
+    tolerance: float = 1e-7,
 ) -> LogisticFit:
     """Fit every problem of the batch to its exact optimum.
 
@@ -51,53 +51,71 @@ def fit_logistic(
     """
     n_problems, _, k = x.shape
     a = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=-1)
-    single = a.float()
-    penalty = x.new_ones(k + 1)
-    penalty[-1] = 0.0
-    s = c * weight
-    scale = s.sum(1).clamp(min=1e-12)
-    w = x.new_zeros(n_problems, k + 1)
-    margin = x.new_zeros(*y.shape)
-    loss = _loss(margin, y, s, w, penalty)
+    work = _Batch(a, a.float(), y, c * weight, x.new_zeros(n_problems, k + 1))
+    solution = x.new_zeros(n_problems, k + 1)
     converged = torch.zeros(n_problems, dtype=torch.bool)
+    left = torch.arange(n_problems)  # which problems `work` still holds
     for _ in range(MAX_STEPS):
-        p = margin.sigmoid()
-        gradient = penalty * w + torch.bmm((s * (p - y))[:, None], a).squeeze(1)
-        converged = gradient.abs().amax(1) <= tolerance * scale
-        if converged.all():
+        gradient, probability = work.gradient()
+        done = gradient.abs().amax(1) <= tolerance * work.scale
+        solution[left] = work.w
+        converged[left] = done
+        if done.all():
             break
-        curvature = (s * p * (1 - p)).float()[..., None] * single
-        hessian = torch.diag(penalty) + torch.bmm(curvature.transpose(1, 2), single).double()
-        hessian.diagonal(dim1=1, dim2=2).add_(1e-12 * scale[:, None])
+        if 2 * int(done.sum()) >= len(done):
+            work, left = work.keep(~done), left[~done]
+            gradient, probability = gradient[~done], probability[~done]
+        if not work.step(gradient, probability):
+            break
+    return LogisticFit(solution[:, :k], solution[:, k], converged)
+
+
+@dataclass
+class _Batch:
+    """Problems that are still being solved; the last column of `a` is the intercept's."""
+
+    a: Float[Tensor, "problem row k+1"]
+    single: Float[Tensor, "problem row k+1"]
+    y: Float[Tensor, "problem row"]
+    s: Float[Tensor, "problem row"]
+    w: Float[Tensor, "problem k+1"]
+
+    def __post_init__(self) -> None:
+        self.penalty = self.a.new_ones(self.a.shape[-1])
+        self.penalty[-1] = 0.0
+        self.scale = self.s.sum(1).clamp(min=1e-12)
+        self.margin = torch.bmm(self.a, self.w[..., None]).squeeze(-1)
+        self.loss = self._loss(self.margin, self.w)
+
+    def keep(self, which: Bool[Tensor, "problem"]) -> _Batch:
+        return _Batch(*(t[which] for t in (self.a, self.single, self.y, self.s, self.w)))
+
+    def _loss(self, margin: Tensor, w: Tensor) -> Float[Tensor, "problem"]:
+        return 0.5 * (self.penalty * w * w).sum(-1) + (self.s * (softplus(margin) - self.y * margin)).sum(-1)
+
+    def gradient(self) -> tuple[Float[Tensor, "problem k+1"], Float[Tensor, "problem row"]]:
+        p = self.margin.sigmoid()
+        return self.penalty * self.w + torch.bmm((self.s * (p - self.y))[:, None], self.a).squeeze(1), p
+
+    def step(self, gradient: Float[Tensor, "problem k+1"], p: Float[Tensor, "problem row"]) -> bool:
+        """One Newton step each, halved until the loss does not rise; False when no problem could move."""
+        curvature = (self.s * p * (1 - p)).float()[..., None] * self.single
+        hessian = torch.diag(self.penalty) + torch.bmm(curvature.transpose(1, 2), self.single).double()
+        hessian.diagonal(dim1=1, dim2=2).add_(1e-12 * self.scale[:, None])
         step = torch.linalg.solve(hessian, gradient)
-        w, margin, loss, moved = _halving(w, step, a, y, s, penalty, loss)
-        if not moved:
-            break
-    return LogisticFit(w[:, :k], w[:, k], converged)
-
-
-def _loss(margin: Tensor, y: Tensor, s: Tensor, w: Tensor, penalty: Tensor) -> Float[Tensor, "problem"]:
-    return 0.5 * (penalty * w * w).sum(-1) + (s * (softplus(margin) - y * margin)).sum(-1)
-
-
-def _halving(
-    w: Tensor, step: Tensor, a: Tensor, y: Tensor, s: Tensor, penalty: Tensor, loss: Tensor
-) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Take each problem's Newton step, halved until its loss does not rise; a problem may stay where it is."""
-    t = torch.ones_like(loss)[:, None]
-    slack = 1e-13 * loss.abs()
-    worse = torch.ones_like(loss, dtype=torch.bool)
-    for _ in range(MAX_HALVINGS):
-        trial = w - t * step
-        margin = torch.bmm(a, trial[..., None]).squeeze(-1)
-        new = _loss(margin, y, s, trial, penalty)
-        worse = ~(new <= loss + slack)
-        if not worse.any():
-            return trial, margin, new, True
-        t = torch.where(worse[:, None], t / 2, t)
-    trial = torch.where(worse[:, None], w, w - t * step)
-    margin = torch.bmm(a, trial[..., None]).squeeze(-1)
-    return trial, margin, _loss(margin, y, s, trial, penalty), bool((~worse).any())
+        t = torch.ones_like(self.loss)[:, None]
+        for halving in range(MAX_HALVINGS + 1):
+            trial = self.w - t * step
+            margin = torch.bmm(self.a, trial[..., None]).squeeze(-1)
+            loss = self._loss(margin, trial)
+            worse = ~(loss <= self.loss + 1e-13 * self.loss.abs())
+            if not worse.any() or halving == MAX_HALVINGS:
+                break
+            t = torch.where(worse[:, None], t / 2, t)
+        self.w = torch.where(worse[:, None], self.w, trial)
+        self.margin = torch.where(worse[:, None], self.margin, margin)
+        self.loss = torch.where(worse, self.loss, loss)
+        return not bool(worse.all())
 
 
 def balanced_weights(
