@@ -89,6 +89,7 @@ class ClassMoments:
         self._classes = (classes & eligible).float()
 
     def update(self, tap: ExpertTap, batch: TokenBatch) -> None:
+        """Add one layer's rows to the sums of every class they belong to."""
         assert self._classes is not None, "start_batch comes first"
         h = tap.activation.detach()
         classes = self._classes.to(h.device)

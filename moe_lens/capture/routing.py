@@ -65,6 +65,7 @@ class RoutingStats:
         self.tokens_of_document += torch.bincount(document, minlength=self.n_documents)
 
     def update(self, tap: ExpertTap, batch: TokenBatch) -> None:
+        """Add the eligible rows of one layer."""
         device, n_experts = tap.activation.device, tap.n_experts
         site = self.sites.get((tap.layer, tap.role))
         if site is None:
@@ -103,6 +104,7 @@ class RoutingStats:
             site.margin += float((best[:, top_k - 1] - best[:, top_k]).sum(dtype=torch.float64))
 
     def merge(self, other: RoutingStats) -> None:
+        """Add what `other` saw of the same corpus."""
         self.tokens_of_document += other.tokens_of_document
         for key, theirs in other.sites.items():
             ours = self.sites.get(key)
@@ -120,6 +122,7 @@ class RoutingStats:
             ours.per_document += theirs.per_document
 
     def state_dict(self) -> dict[str, Any]:
+        """Every sum, by ``layer.role.name``."""
         state: dict[str, Any] = {"tokens_of_document": self.tokens_of_document}
         for (layer, role), site in self.sites.items():
             at = f"{layer}.{role.value}."
@@ -131,6 +134,7 @@ class RoutingStats:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace what was seen by a saved state."""
         self.tokens_of_document = state["tokens_of_document"]
         self.n_documents = len(self.tokens_of_document)
         self.sites = {}

@@ -106,6 +106,7 @@ class RowStore:
         self._keys = row_keys(batch.token_document.cpu(), position.cpu(), self.seed)
 
     def update(self, tap: ExpertTap, batch: TokenBatch) -> None:
+        """Keep the eligible rows of one layer, and drop old ones that no stratum needs any more."""
         device = tap.activation.device
         keep = batch.token_eligible.to(device)[tap.token].nonzero().squeeze(1)
         token, expert = tap.token[keep], tap.expert[keep]

@@ -30,7 +30,6 @@ from moe_lens.errors import BadOutput
 if TYPE_CHECKING:
     import pandas as pd
 
-    from moe_lens.corpus.batches import Tokenized
     from moe_lens.corpus.text import Corpus
     from moe_lens.models.lens import Lens
 
@@ -225,8 +224,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def identity_of(lens: Lens, tokenized: Tokenized, corpus: Corpus, *, seed: int) -> dict[str, Any]:
-    """What makes two runs comparable: model, corpus, tokens and seed, as the manifest stores them."""
+def identity_of(lens: Lens, corpus: Corpus, *, seed: int) -> dict[str, Any]:
+    """What a run directory belongs to: model, corpus and seed, as the manifest stores them."""
     return {
         "model": {
             "name": lens.name,
@@ -286,7 +285,7 @@ def capture(
     started = time.perf_counter()
     layers = lens.check_layers(layers)
     tokenized = tokenize(corpus, lens.tokenizer, [], max_length=max_length, limit_tokens=max_tokens, seed=seed)
-    run = create_run(out, identity_of(lens, tokenized, corpus, seed=seed), resume=resume) if out else None
+    run = create_run(out, identity_of(lens, corpus, seed=seed), resume=resume) if out else None
     stats = RoutingStats(len(corpus))
     loader = batches(tokenized, split=None, tokens_per_batch=batch_tokens)
     n_tokens = stream(lens, loader, [stats, *consumers], layers=layers, progress=progress)

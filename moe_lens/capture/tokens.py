@@ -30,6 +30,7 @@ class TokenTable:
         self.n_tokens = 0
 
     def start_batch(self, batch: TokenBatch) -> None:
+        """Append the batch's tokens, padding included."""
         self._joined.clear()
         rows = {
             "document": batch.token_document,

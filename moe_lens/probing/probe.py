@@ -109,27 +109,32 @@ def probe(
         raise BadConfig(f"--splits is {splits}: give 1 or more")
     resolved = _concepts(corpus, concepts)
     job = _Job(lens, baseline, corpus, resolved, settings, chosen, cells, max_memory, progress)
+    job.tokenized(lens, seed)  # an unusable corpus is refused before anything is written
     run = None
     if out is not None:
-        run = create_run(out, identity_of(lens, job.tokenized(lens, seed), corpus, seed=seed), resume=resume)
+        run = create_run(out, identity_of(lens, corpus, seed=seed), resume=resume)
         request = job.request(splits)
         if (finished := _finished(run, request, resume)) is not None:
             return finished
         run.update_manifest(commands={"probe": {"state": "running", "request": request}})
-    moe: list[ModelScores] = []
-    dense: list[ModelScores] = []
-    for number in range(seed, seed + splits):
-        moe.append(job.scores(lens, Role.MOE if lens.spec.is_moe else Role.DENSE, number, run))
-        if baseline is not None:
-            dense.append(job.scores(baseline, Role.DENSE, number, run, is_baseline=True))
-    tests = [job.test_documents(number) for number in range(seed, seed + splits)]
-    comparison = compare(moe, dense, resolved, tests, n_resamples=settings.n_resamples)
-    models = [(lens.name, moe), *([(baseline.name, dense)] if baseline is not None else [])]
-    table = _probe_table(models)
-    result = Probes(table, comparison, run)
+    result = _probe_and_compare(job, range(seed, seed + splits), run)
     if run is not None:
         _finish(run, job, result, time.perf_counter() - started)
     return result
+
+
+def _probe_and_compare(job: _Job, seeds: Sequence[int], run: Run | None) -> Probes:
+    lens, baseline = job.lens, job.baseline
+    moe: list[ModelScores] = []
+    dense: list[ModelScores] = []
+    for seed in seeds:
+        moe.append(job.scores(lens, Role.MOE if lens.spec.is_moe else Role.DENSE, seed, run))
+        if baseline is not None:
+            dense.append(job.scores(baseline, Role.DENSE, seed, run, is_baseline=True))
+    tests = [job.test_documents(seed) for seed in seeds]
+    comparison = compare(moe, dense, job.concepts, tests, n_resamples=job.settings.n_resamples)
+    models = [(lens.name, moe), *([(baseline.name, dense)] if baseline is not None else [])]
+    return Probes(_probe_table(models), comparison, run)
 
 
 def _settings(
@@ -209,6 +214,7 @@ class _Job:
         }
 
     def tokenized(self, lens: Lens, seed: int) -> Tokenized:
+        """The corpus in the tokens of `lens`; models of one tokenizer share it, others read the same documents."""
         key = (tokenizer_hash(lens.tokenizer), seed)
         if key not in self._tokenized:
             limit, documents = self.settings.max_tokens, None

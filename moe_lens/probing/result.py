@@ -57,7 +57,7 @@ class Probes:
         Sorted by AUROC. ``f1_always_positive`` is what class balance alone gives in that cell.
         """
         first = self.cells[(self.cells.seed == self.cells.seed.min()) & (self.cells.k == k)]
-        parts = [winners(group, arm, metric) for _, group in first.groupby("role", sort=False)]
+        parts = [winners(group, arm, metric) for _, group in first.groupby(["model", "role"], sort=False)]
         table = pd.concat(parts).sort_values(["role", "auroc"], ascending=[False, False], ignore_index=True)
         address = [f"L{a}.E{b}" for a, b in zip(table.layer, table.expert, strict=True)]
         table.insert(2, "address", address)
