@@ -66,7 +66,7 @@ def violations(path: Path, source: str) -> list[str]:
     found = []
     for name, typing_only in imports(ast.parse(source), module=module):
         there = floor_of(name)
-        if there == here or there not in FLOORS and there not in SIDE_ROOMS:  # a name of moe_lens/__init__.py
+        if there == here or there not in FLOORS.keys() | SIDE_ROOMS:  # a name of moe_lens/__init__.py
             continue
         if there in SIDE_ROOMS or FLOORS[there] >= FLOORS[here] > 0 or FLOORS[there] > FLOORS[here]:
             found.append(f"{module} imports {name}" + (" for its types" if typing_only else ""))

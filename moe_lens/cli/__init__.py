@@ -1,0 +1,1 @@
+"""Command line: a thin skin over the Python contract."""

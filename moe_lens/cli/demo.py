@@ -1,0 +1,92 @@
+"""``moe-lens demo``: the bundled MoE against its dense twin, on the bundled text, with nothing to download."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_lens import __version__
+from moe_lens.cli.options import Json, Resume, Verbose
+from moe_lens.config import ProbeConfig
+
+MOE, DENSE, TEXT = "bundled:tiny-moe", "bundled:tiny-dense", "bundled:"
+DOCUMENT_TOKENS = 64
+"""Many short texts: every document of the corpus is read, and the demo stays short."""
+DIRECTORY = Path("runs/demo")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="run directory")] = DIRECTORY,
+    resume: Resume = True,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare the bundled MoE with its dense twin; about a minute the first time, at once after that."""
+    import moe_lens
+    from moe_lens.cli import probe
+
+    settings = ProbeConfig(
+        model=MOE,
+        baseline=DENSE,
+        dataset=TEXT,
+        document_tokens=DOCUMENT_TOKENS,
+        output=output,
+        resume=resume,
+        device="cpu",
+    )
+    stamp = fingerprint(settings)
+    earlier = stamp_of(output)
+    if earlier != stamp or not resume:
+        if earlier is not None:  # a demo of another version or of other bundled files: replace it
+            settings = settings.model_copy(update={"resume": False})
+        probe.check_models(settings)
+        probe.run(settings, probe.read_corpus(settings))
+        moe_lens.open_run(output).update_manifest(demo=stamp)
+    show(output, json=json)
+
+
+def show(output: Path, *, json: bool) -> None:
+    """Print a finished demo from its run directory."""
+    import moe_lens
+    from moe_lens.cli import render
+    from moe_lens.probing.result import Probes
+
+    run = moe_lens.open_run(output)
+    probes = Probes(run.frame("probe"), run.frame("comparison"), run)
+    if json:
+        render.print_json({"run": str(output), "finding": probes.finding(), "summary": probes.summary()})
+        return
+    render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
+    render.top_experts(run.frame("routing_fields"))
+    render.best_neurons(probes)
+    render.arms(probes)
+    typer.echo(probes.finding())
+    typer.echo(str(output))
+
+
+def fingerprint(settings: ProbeConfig) -> dict[str, Any]:
+    """What decides the demo's numbers: version, settings, and the bundled files by content."""
+    bundled = Path(__file__).parent.parent / "bundled"
+    files = hashlib.sha256()
+    for path in sorted(p for p in bundled.rglob("*") if p.is_file()):
+        files.update(path.relative_to(bundled).as_posix().encode() + path.read_bytes())
+    ignored = {"output", "resume"}
+    return {
+        "version": __version__,
+        "bundled": files.hexdigest(),
+        "settings": settings.model_dump(mode="json", exclude=ignored),
+    }
+
+
+def stamp_of(output: Path) -> dict[str, Any] | None:
+    """The fingerprint of the finished demo in `output`, None if there is none."""
+    import json
+
+    try:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest.get("demo")

@@ -1,0 +1,34 @@
+"""``moe-lens inspect MODEL``: what the configuration says, without loading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from moe_lens.cli.options import Json, LocalOnly, RemoteCode, Revision, Verbose
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="a hub id, a folder, or bundled:tiny-moe", metavar="MODEL")],
+    revision: Revision = None,
+    local_files_only: LocalOnly = False,
+    trust_remote_code: RemoteCode = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Layers, experts, routing rule and sizes of a model, from its configuration alone."""
+    import moe_lens
+    from moe_lens.cli import render
+
+    spec = moe_lens.inspect(
+        model,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    if json:
+        render.print_json({**asdict(spec), "is_moe": spec.is_moe, "sparsity": spec.sparsity})
+    else:
+        render.spec(spec)

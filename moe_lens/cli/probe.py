@@ -1,0 +1,200 @@
+"""``moe-lens probe``: which concepts single neurons of experts detect, beside a dense model.
+
+The order of work is the order of cost: settings, then configs, then text, and only then weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.config import ProbeConfig, parse_ints
+from moe_lens.errors import BadConfig, BadOutput, OutOfRange
+from moe_lens.types import ExpertAddress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe_lens.corpus.text import Corpus
+    from moe_lens.models.lens import Lens
+    from moe_lens.models.spec import Spec
+    from moe_lens.probing.probe import Probes
+
+
+@options_of(ProbeConfig)
+def probe(
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what a run would need, and stop")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+    **flags: Any,
+) -> None:
+    """Probe the neurons of every expert for concepts, and compare with a baseline model."""
+    from moe_lens.cli import render
+
+    settings = ProbeConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
+    if not dry_run and settings.output is None:
+        raise BadConfig("no place for the results: give -o DIR, or --dry-run to see what a run would need")
+    specs = check_models(settings)
+    text = read_corpus(settings)
+    if dry_run:
+        from moe_lens.cli.plan import make_plan
+
+        plan = make_plan(settings, specs, text)
+        render.print_json(plan.to_dict()) if json else render.plan(plan)
+        return
+    probes = run(settings, text)
+    if json:
+        render.print_json({"run": str(settings.output), "summary": probes.summary()})
+        return
+    render.best_neurons(probes)
+    render.arms(probes)
+    typer.echo(probes.finding())
+    typer.echo(str(settings.output))
+
+
+def check_models(settings: ProbeConfig) -> list[Spec]:
+    """Specs of the model and the baseline, from their configs alone.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, NotAnMoE, OutOfRange, BadOutput: see the message.
+    """
+    import moe_lens
+    from moe_lens.models.load import require_moe
+
+    check_output(settings.output)
+
+    def spec_of(name: str, revision: str | None) -> Spec:
+        return moe_lens.inspect(
+            name,
+            revision=revision,
+            local_files_only=settings.local_files_only,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    spec = spec_of(settings.model, settings.revision)
+    require_moe(spec)
+    check_layers(spec, settings.layers)
+    expert_addresses(spec, settings.layers, settings.experts)
+    return [spec, *([spec_of(settings.baseline, None)] if settings.baseline else [])]
+
+
+def check_output(output: Path | None) -> None:
+    """Refuse before any work what ``create_run`` would refuse after it.
+
+    Raises:
+        BadOutput: a file, or a folder with things that no run wrote.
+    """
+    if output is None:
+        return
+    if output.exists() and not output.is_dir():
+        raise BadOutput(f"{output} is a file: give -o a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").exists():
+        raise BadOutput(f"{output} is not empty and is no moe-lens run: give -o a new or an empty folder")
+
+
+def check_layers(spec: Spec, layers: Sequence[int] | None) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        OutOfRange: the message names the valid ones.
+    """
+    known = [entry.layer for entry in spec.layers]
+    for layer in layers or ():
+        if layer not in known:
+            span = ",".join(map(str, known)) if len(known) < 4 else f"{known[0]}-{known[-1]}"
+            raise OutOfRange(f"{spec.name!r} has no layer {layer}: give --layers from {span}")
+
+
+def expert_addresses(spec: Spec, layers: Sequence[int] | None, experts: Sequence[str] | None) -> list[str] | None:
+    """Addresses such as ``L7.E12`` of ``--experts``; a plain number stands for that expert of every chosen layer.
+
+    Raises:
+        OutOfRange: unreadable, or an expert that the model does not have.
+    """
+    if experts is None:
+        return None
+    chosen = sorted(layers or spec.moe_layers)
+    found = []
+    for word in experts:
+        if word.replace("-", "").isdigit():
+            found += [ExpertAddress(layer, expert) for expert in parse_ints(word) for layer in chosen]
+        else:
+            found.append(ExpertAddress.parse(word))
+    for at in found:
+        check_layers(spec, [at.layer])
+        entry = spec.at(at.layer)
+        if entry is not None and at.expert >= entry.n_experts:
+            raise OutOfRange(
+                f"layer {at.layer} of {spec.name!r} has no expert {at.expert}: its experts are 0-{entry.n_experts - 1}"
+            )
+    return list(dict.fromkeys(map(str, found)))
+
+
+def read_corpus(settings: ProbeConfig) -> Corpus:
+    """The text, with its concepts checked.
+
+    Raises:
+        BadCorpus: empty, unreadable, or not what its suffix says.
+        UnknownConcept: a name that nothing defines.
+    """
+    import moe_lens
+    from moe_lens.corpus.concepts import concepts_for
+
+    text = moe_lens.corpus(
+        settings.dataset,
+        dataset_config=settings.dataset_config,
+        split=settings.split,
+        text_column=settings.text_column,
+        limit=settings.limit,
+        seed=settings.seed,
+    )
+    concepts_for(text, settings.concepts)
+    return text
+
+
+def load_lens(settings: ProbeConfig, name: str, *, revision: str | None) -> Lens:
+    """Load one of the two models with the placement settings."""
+    import moe_lens
+
+    return moe_lens.load(
+        name,
+        revision=revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        device_map=settings.device_map,
+        local_files_only=settings.local_files_only,
+        trust_remote_code=settings.trust_remote_code,
+        kernel=settings.kernel or "native",  # type: ignore[arg-type]
+    )
+
+
+def run(settings: ProbeConfig, text: Corpus) -> Probes:
+    """Load the models and probe them into ``settings.output``."""
+    import moe_lens
+
+    lens = load_lens(settings, settings.model, revision=settings.revision)
+    baseline = load_lens(settings, settings.baseline, revision=None) if settings.baseline else None
+    return moe_lens.probe(
+        lens,
+        text,
+        baseline=baseline,
+        concepts=settings.concepts,
+        k=tuple(settings.k),
+        layers=settings.layers,
+        experts=expert_addresses(lens.spec, settings.layers, settings.experts),
+        max_rows=settings.max_rows,
+        max_length=settings.max_length,
+        max_tokens=settings.max_tokens,
+        document_tokens=settings.document_tokens,
+        batch_size=settings.batch_windows,
+        max_memory=settings.max_memory,
+        all_cells=settings.all_cells,
+        seed=settings.seed,
+        splits=settings.splits,
+        out=settings.output,
+        resume=settings.resume,
+    )

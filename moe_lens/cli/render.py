@@ -1,0 +1,280 @@
+"""Everything the command line shows on stdout: compact tables, and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from moe_lens.cli.plan import ModelPlan, Plan, Shortage
+    from moe_lens.models.spec import Spec
+    from moe_lens.probing.result import Probes
+
+WIDTH = 100
+"""Columns when stdout is no terminal."""
+ARMS = {"raw": "raw: best cell by its own test score", "held_out": "held out: cell chosen on other documents"}
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; what is not a number becomes null."""
+    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, note: str = "") -> None:
+    """A borderless table; a column whose name starts with ``>`` is aligned right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    if title:
+        console.print(Text("\n" + title, style="bold"))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        grid.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(grid)
+    if note:
+        console.print(Text(note, style="dim"))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number without a leading zero, ``-`` where there is none."""
+    if value is None or not math.isfinite(float(value)):
+        return "-"
+    return f"{float(value):.{digits}f}".replace("0.", ".", 1) if abs(float(value)) < 1 else f"{float(value):.{digits}f}"
+
+
+def count(value: float) -> str:
+    """``1.28B``, ``64.2M``, ``512``."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """``1.5 MB``, powers of 1000."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
+
+
+def spec(found: Spec) -> None:
+    """The anatomy of one model."""
+    active = f"{found.sparsity:.3g} of the experts active" if found.is_moe else "dense"
+    typer.echo(
+        f"{found.name}: {found.architecture} ({found.model_type}), {count(found.total_parameters)} parameters, "
+        f"{count(found.active_parameters)} active per token, {active}"
+    )
+    rows = [[layers, *map(str, kind)] for layers, kind in _runs_of_layers(found)]
+    table("", [">layers", "kind", ">experts", ">top-k", ">neurons each", ">shared", "gated"], rows)
+    twin = "bundled:tiny-dense" if found.name == "bundled:tiny-moe" else found.suggested_baseline
+    if twin:
+        typer.echo(f"A dense model to compare with (--baseline): {twin}")
+
+
+def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:
+    """Layers of one shape in a row share a line."""
+    grouped: list[tuple[list[int], tuple[Any, ...]]] = []
+    for entry in found.layers:
+        shared = "-" if entry.shared_d_ff is None else entry.shared_d_ff
+        kind = (entry.role.value, entry.n_experts, entry.top_k, entry.d_ff, shared, "yes" if entry.gated else "no")
+        if grouped and grouped[-1][1] == kind and grouped[-1][0][-1] == entry.layer - 1:
+            grouped[-1][0].append(entry.layer)
+        else:
+            grouped.append(([entry.layer], kind))
+    return [(_span(at), kind) for at, kind in grouped]
+
+
+def model_pair(specs: Sequence[Spec]) -> None:
+    """The two models side by side."""
+    rows = []
+    for entry in specs:
+        first = entry.layers[-1]
+        experts = f"{first.n_experts}, top-{first.top_k}" if entry.is_moe else "dense"
+        parameters = f"{count(entry.total_parameters)} ({count(entry.active_parameters)} active)"
+        rows.append([entry.name, parameters, str(len(entry.layers)), experts, str(first.d_ff)])
+    table("Models", ["model", ">parameters", ">layers", ">experts", ">neurons each"], rows)
+
+
+def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int = 3, n_values: int = 12) -> None:
+    """The domains that experts prefer most, and which experts those are.
+
+    Only experts that take a fifth of a domain's tokens: a high lift on few tokens is a few documents.
+    """
+    mine = by_field[(by_field["field"] == field) & (by_field["visits"] >= 50) & (by_field["share"] >= 0.2)]
+    groups = {
+        str(value): group for value, group in mine.sort_values("lift", ascending=False).groupby("value", sort=False)
+    }
+    rows = []
+    for value, group in list(groups.items())[:n_values]:
+        best = group.head(n_experts)
+        shown = [f"L{r.layer}.E{r.expert} {r.share:.0%} ({r.lift:.1f}x)" for r in best.itertuples()]
+        rows.append([value, count(float(group["n_tokens"].iloc[0])), *shown, *[""] * (n_experts - len(shown))])
+    names = ["first expert", "second", "third", *[""] * n_experts][:n_experts]
+    left_out = len(set(by_field.loc[by_field["field"] == field, "value"])) - len(rows)
+    table(
+        f"Experts by {field}: share of the {field}'s tokens that visit the expert (lift over the whole text)",
+        [field, ">tokens", *names],
+        rows,
+        note=f"{left_out} more in routing_fields.parquet" if left_out else "",
+    )
+
+
+def best_neurons(probes: Probes) -> None:
+    """For each concept the best single neuron of either model, chosen on validate, scored on test."""
+    k = int(probes.cells["k"].min())
+    best = probes.best(arm="held_out", k=k).set_index(["concept", "role"])
+    roles = [role for role in ("moe", "dense") if role in best.index.get_level_values("role")]
+    rows = []
+    for concept in dict.fromkeys(best.index.get_level_values("concept")):
+        row = [concept]
+        for role in roles:
+            if (concept, role) not in best.index:
+                row += ["-"] * 4
+                continue
+            cell = best.loc[(concept, role)]
+            neuron = f"{cell.address}.N{cell.neurons[0]}" if k == 1 else cell.address
+            row += [neuron, number(cell.f1, 2), number(cell.f1_always_positive, 2), number(cell.auroc, 2)]
+        rows.append(row)
+    columns = [name for role in roles for name in (f"{role} neuron", ">F1", ">always", ">AUROC")]
+    table(
+        "Best neuron per concept, chosen on validation documents, scored on test documents",
+        ["concept", *columns],
+        rows,
+        note="always: F1 of a probe that says yes to every token of its cell; an F1 near it says nothing",
+    )
+
+
+def arms(probes: Probes, *, metric: str = "f1") -> None:
+    """Mean over concepts under every arm that was run; no arm is shown alone."""
+    found = probes.arms(metric=metric)
+    title = f"{metric.upper()} of the best k={int(found['k'].iloc[0])} probe, mean over concepts"
+    if not probes.has_baseline:
+        rows = [
+            [ARMS.get(str(r.arm), str(r.arm)), number(r.moe), interval(r.moe_low, r.moe_high), number(r.chance_moe)]
+            for r in found.itertuples()
+        ]
+        table(title, ["cells", ">MoE", ">95 % interval", ">always"], rows)
+        return
+    rows = [
+        [
+            *[
+                ARMS.get(str(r.arm), str(r.arm)),
+                number(r.moe),
+                number(r.chance_moe),
+                number(r.dense),
+                number(r.chance_dense),
+            ],
+            *[number(r.gap), interval(r.ci_low, r.ci_high)],
+        ]
+        for r in found.itertuples()
+    ]
+    table(title, ["cells", ">MoE", ">always", ">baseline", ">always", ">gap", ">95 % interval"], rows)
+
+
+def interval(low: Any, high: Any) -> str:
+    """``[.01, .05]``, ``-`` without one."""
+    return "-" if number(low) == "-" else f"[{number(low)}, {number(high)}]"
+
+
+def run_tables(run: Mapping[str, Any]) -> None:
+    """One run: a line about it, and its tables."""
+    typer.echo(_headline(run))
+    rows = [[t["table"], f"{t['rows']:,}", size(t["bytes"])] for t in run["tables"]]
+    table("", ["table", ">rows", ">size"], rows)
+
+
+def runs(found: Sequence[Mapping[str, Any]]) -> None:
+    """A folder of runs, one line each."""
+    table(
+        "",
+        ["run", "model", "baseline", "corpus", ">tables", ">size", "status", "when"],
+        [
+            [
+                r["path"],
+                r["model"] or "-",
+                r["baseline"] or "-",
+                r["corpus"] or "-",
+                str(len(r["tables"])),
+                size(sum(t["bytes"] for t in r["tables"])),
+                r["status"],
+                (r["created"] or "-")[:16].replace("T", " "),
+            ]
+            for r in found
+        ],
+    )
+
+
+def _headline(run: Mapping[str, Any]) -> str:
+    against = f" against {run['baseline']}" if run["baseline"] else ""
+    when = (run["created"] or "?")[:16].replace("T", " ")
+    return f"{run['model']}{against} on {run['corpus']}, seed {run['seed']}, {run['status']}, {when}"
+
+
+def plan(found: Plan) -> None:
+    """What a run would need, before it is started."""
+    typer.echo(f"{found.n_documents:,} documents, {found.n_concepts} concepts, about {size(found.disk_bytes)} on disk")
+    for model in found.models:
+        tokens = ", ".join(f"{n:,} {split}" for split, n in model.tokens.items())
+        typer.echo(f"\n{model.name}: tokens {tokens}")
+        typer.echo(
+            f"memory: {size(model.weight_bytes)} weights, and {size(model.least_bytes)} (a layer at a time) to "
+            f"{size(model.most_bytes)} (all layers in one pass)"
+        )
+        rows = [
+            [_span(s.layers), f"{s.top_k} of {s.n_experts}", *[f"{n:,}" for n in s.tokens_per_expert.values()]]
+            for s in model.shares
+        ]
+        table("Tokens that each expert sees if the router is even", [">layers", ">experts", *_splits(model)], rows)
+    shortages = found.models[0].shortages
+    if shortages:
+        table(
+            f"Concepts that fall short of the minimum in experts of {found.models[0].name}",
+            ["concept", "split", ">tokens", ">per expert", ">needed", ">documents", ">needed", "in"],
+            [
+                [
+                    *(s.concept, s.split, f"{s.tokens:,}", f"{s.per_expert:.0f}", str(s.needed)),
+                    *(str(s.documents), str(s.documents_needed), _where(s)),
+                ]
+                for s in shortages
+            ],
+            note="tokens: of the rarer class, positive or negative; documents: with a positive token",
+        )
+
+
+def _splits(model: ModelPlan) -> list[str]:
+    return [f">{split}" for split in model.tokens]
+
+
+def _where(shortage: Shortage) -> str:
+    return "every expert" if shortage.impossible else "the average expert"
+
+
+def _span(layers: Sequence[int]) -> str:
+    gapless = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if gapless else ",".join(map(str, layers))

@@ -1,0 +1,182 @@
+"""Settings of a probe run, the small languages they are written in, and the prompts' hashes.
+
+One pydantic model serves ``--config FILE.yaml`` and the command line: a field's description is its help text,
+flags override the file, the file overrides the defaults. No torch here: this loads before any model does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moe_lens.errors import BadConfig, nearest
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + tail: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for tail, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*$")
+_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as ``4GB`` (powers of 1000), ``512MiB`` (powers of 1024) or ``1000000``.
+
+    Raises:
+        BadConfig: `text` is not a positive size.
+    """
+    match = _SIZE.match(str(text))
+    unit = match and _UNITS.get(match.group(2).lower())
+    if not match or not unit or float(match.group(1)) <= 0:
+        raise BadConfig(f"cannot read the size {str(text)!r}: write it as 4GB, 512MiB or a number of bytes")
+    return math.floor(float(match.group(1)) * unit)
+
+
+def parse_ints(text: str | int | Iterable[Any]) -> list[int]:
+    """Whole numbers of a list such as ``0,2,4-6``; order is kept, repeats are dropped.
+
+    Raises:
+        BadConfig: something else than numbers and ranges, or a range that runs backwards.
+    """
+    parts = [text] if isinstance(text, str | int) else list(text)
+    found: list[int] = []
+    for part in (piece.strip() for whole in parts for piece in str(whole).split(",")):
+        match = _RANGE.match(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise BadConfig(f"cannot read the numbers {part!r}: write them as 0,2,4-6")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def parse_names(text: str | Iterable[Any]) -> list[str]:
+    """Names from ``a,b`` or a list of such; empty ones are dropped."""
+    parts = [text] if isinstance(text, str) else list(text)
+    return list(dict.fromkeys(name.strip() for part in parts for name in str(part).split(",") if name.strip()))
+
+
+def _optional(parse: Any) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else parse(value))
+
+
+Ints = Annotated[list[int], BeforeValidator(parse_ints)]
+OptionalInts = Annotated[list[int] | None, _optional(parse_ints)]
+OptionalNames = Annotated[list[str] | None, _optional(parse_names)]
+OptionalSize = Annotated[int | None, _optional(parse_size)]
+OptionalCount = Annotated[int | None, Field(ge=1)]
+
+
+class ProbeConfig(BaseModel):
+    """Everything that ``moe-lens probe`` can be told. Field names are the option names, ``_`` for ``-``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = Field(description="MoE model: a hub id, a folder, or bundled:tiny-moe")
+    baseline: str | None = Field(default=None, description="dense model to compare with, or a second MoE")
+    dataset: str = Field(
+        default="bundled:", description="text: bundled:, a .jsonl, .txt or .parquet file, or a hub data set"
+    )
+    dataset_config: str | None = Field(default=None, description="configuration of the hub data set")
+    split: str = Field(default="train", description="split of the hub data set")
+    text_column: str = Field(default="text", description="column that holds the text")
+    concepts: OptionalNames = Field(
+        default=None, description="names or categories, comma-separated (all that the text can show)"
+    )
+    layers: OptionalInts = Field(default=None, description="decoder layers, such as 0,2,4-6 (all)")
+    experts: OptionalNames = Field(
+        default=None, description="L7.E12 for one, 0,2,4-6 for these of every chosen layer (all)"
+    )
+    k: Ints = Field(default=[1, 2, 4, 8, 16, 32, 64], description="neurons per probe")
+    limit: OptionalCount = Field(default=None, description="documents to read (all)")
+    max_tokens: OptionalCount = Field(default=None, description="stop after about this many tokens")
+    document_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="tokens to read of each document (all); many short texts tell more than few long ones"
+    )
+    max_length: int = Field(default=256, ge=4, description="tokens per window")
+    max_rows: int = Field(default=2000, ge=100, description="rows that one probe is fitted on, at most")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="windows per forward pass"
+    )
+    max_memory: OptionalSize = Field(
+        default=None, description="limit on the process, such as 4GB (60 % of what is free)"
+    )
+    all_cells: bool = Field(default=False, description="fit every k in every cell, not only in the best ones at k=1")
+    splits: int = Field(default=1, ge=1, description="repeat over this many document splits")
+    seed: int = Field(default=0, ge=0, description="seed of the document split and of every draw")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, mps (the best there is)")
+    device_map: str | None = Field(default=None, description="auto spreads a large model over devices (accelerate)")
+    dtype: str | None = Field(default=None, description="float32, bfloat16, float16 (as the checkpoint)")
+    kernel: str | None = Field(default=None, description="experts' arithmetic: native, grouped_mm or eager")
+    revision: str | None = Field(default=None, description="branch, tag or commit of the hub model")
+    local_files_only: bool = Field(default=False, description="never ask the hub, use what its cache holds")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
+    output: Path | None = Field(default=None, description="run directory")
+    resume: bool = Field(default=True, description="continue a run of the same settings; --no-resume starts it anew")
+
+    @property
+    def batch_windows(self) -> int | None:
+        """`batch_size` as a number, None for ``auto``."""
+        return None if self.batch_size == "auto" else self.batch_size
+
+    @classmethod
+    def build(cls, file: Path | None = None, **flags: Any) -> ProbeConfig:
+        """Settings from an optional YAML file, overridden by the flags that are not None.
+
+        Raises:
+            BadConfig: an unknown key, or a value that cannot be used.
+        """
+        values = ({} if file is None else _read_yaml(file)) | {k: v for k, v in flags.items() if v is not None}
+        values = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for key in values.keys() - cls.model_fields.keys():
+            raise BadConfig(f"unknown setting {key!r} in {file}{nearest(key, cls.model_fields) or '; see --help'}")
+        if "model" not in values:
+            raise BadConfig("no model was named: give --model, or a line 'model: ...' in the --config file")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise BadConfig(_sentence(error)) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadConfig(f"cannot read --config {file}: {error.strerror or error}; give a readable YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        at = f" at line {where.line + 1}" if where else ""
+        raise BadConfig(f"--config {file} is not YAML{at}: write one 'name: value' a line") from error
+    if values is not None and not isinstance(values, dict):
+        raise BadConfig(f"--config {file} is a {type(values).__name__}: write one 'name: value' a line")
+    return values or {}
+
+
+def _sentence(error: ValidationError) -> str:
+    """First problem of a pydantic error, in the user's words."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    help_text = ProbeConfig.model_fields[name].description if name in ProbeConfig.model_fields else ""
+    what = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"--{name.replace('_', '-')} cannot be {str(first['input'])!r}: give {what} ({help_text})"
+
+
+def prompts_dir() -> Path:
+    """Folder of the prompt files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / "prompts" if (package / "prompts").is_dir() else package.parent / "prompts"
+
+
+@lru_cache(maxsize=1)
+def prompt_hashes() -> dict[str, str]:
+    """sha256 of every prompt file by file name; every manifest holds them."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(prompts_dir().glob("*.md"))}
