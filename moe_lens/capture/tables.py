@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from moe_lens.capture.routing import RoutingStats, _Site
 
 ALWAYS_ON_DOCUMENTS = 0.95
-"""An always-on expert is visited in at least this share of documents with 64 tokens or more ..."""
+"""An always-on expert is visited in at least this share of documents with 32 tokens or more ..."""
 ALWAYS_ON_LOAD = 1.5
 """... and by at least this multiple of the tokens that uniform routing would send."""
-MIN_DOCUMENT_TOKENS = 64
+MIN_DOCUMENT_TOKENS = 32
 
 
 def routing_table(stats: RoutingStats) -> pd.DataFrame:

@@ -145,13 +145,14 @@ def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int
     )
 
 
-def best_neurons(probes: Probes) -> None:
-    """For each concept the best single neuron of either model, chosen on validate, scored on test."""
+def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
+    """The best neuron of either model for the concepts that are read off best, chosen on validate, scored on test."""
     k = int(probes.cells["k"].min())
     best = probes.best(arm="held_out", k=k).set_index(["concept", "role"])
     roles = [role for role in ("moe", "dense") if role in best.index.get_level_values("role")]
     rows = []
-    for concept in dict.fromkeys(best.index.get_level_values("concept")):
+    concepts = list(dict.fromkeys(best.index.get_level_values("concept")))
+    for concept in concepts[:n_concepts]:
         row = [concept]
         for role in roles:
             if (concept, role) not in best.index:
@@ -162,11 +163,13 @@ def best_neurons(probes: Probes) -> None:
             row += [neuron, number(cell.f1, 2), number(cell.f1_always_positive, 2), number(cell.auroc, 2)]
         rows.append(row)
     columns = [name for role in roles for name in (f"{role} neuron", ">F1", ">always", ">AUROC")]
+    left_out = len(concepts) - len(rows)
+    more = f"; {left_out} more concepts in probe.parquet" if left_out else ""
     table(
         "Best neuron per concept, chosen on validation documents, scored on test documents",
         ["concept", *columns],
         rows,
-        note="always: F1 of a probe that says yes to every token of its cell; an F1 near it says nothing",
+        note=f"always: F1 of a probe that says yes to every token of its cell; an F1 near it says nothing{more}",
     )
 
 
