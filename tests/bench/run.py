@@ -11,10 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -142,6 +144,7 @@ def start_up() -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # counted and printed instead
     lens, corpus = ml.load("bundled:tiny-moe"), ml.corpus("bundled:")
     tokenized = tokenize(corpus, lens.tokenizer, concepts_for(corpus, None), limit_tokens=60_000)
     results = {"start_up": start_up(), "bundled": capture_cost(lens, tokenized, "bundled:tiny-moe")}
