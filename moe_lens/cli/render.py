@@ -92,9 +92,8 @@ def spec(found: Spec) -> None:
     )
     rows = [[layers, *map(str, kind)] for layers, kind in _runs_of_layers(found)]
     table("", [">layers", "kind", ">experts", ">top-k", ">neurons each", ">shared", "gated"], rows)
-    twin = "bundled:tiny-dense" if found.name == "bundled:tiny-moe" else found.suggested_baseline
-    if twin:
-        typer.echo(f"A dense model to compare with (--baseline): {twin}")
+    if found.suggested_baseline:
+        typer.echo(f"A dense model to compare with (--baseline): {found.suggested_baseline}")
 
 
 def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:

@@ -239,9 +239,10 @@ def concepts_for(corpus: Corpus, names: Any = None) -> list[Concept]:
         UnknownConcept: a name that nothing defines, with the nearest known one.
         BadConcept: a concept that this corpus cannot label, or a bad YAML file.
     """
-    known = {c.name: c for c in (*builtin_concepts(), *field_concepts(corpus))}
+    of_fields = field_concepts(corpus)
+    known = {c.name: c for c in (*builtin_concepts(), *of_fields)}
     if names is None:
-        names = ["source58", "bundled", "fields"]
+        names = ["source58", "bundled", *(["fields"] if of_fields else [])]
     elif isinstance(names, str | Path | Concept):
         names = [names]
     chosen: dict[str, Concept] = {}

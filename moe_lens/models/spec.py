@@ -81,6 +81,8 @@ class Spec:
     @property
     def suggested_baseline(self) -> str | None:
         """A dense model to compare with: similar in data or size, never a matched control."""
+        if self.name == "bundled:tiny-moe":
+            return "bundled:tiny-dense"
         return families.BASELINES.get(self.model_type) if self.is_moe else None
 
     @cached_property

@@ -173,3 +173,10 @@ def test_every_lexer_exists():
 
     for alias in set(LEXERS.values()):
         get_lexer_by_name(alias)
+
+
+def test_plain_text_without_any_field_has_its_default_concepts(tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("".join(f"line {i} of a plain text, 1{i}\n" for i in range(40)), encoding="utf-8")
+    names = {c.name for c in concepts_for(ml.corpus(str(path)))}
+    assert {"contains_digit", "is_import", "newline"} <= names
