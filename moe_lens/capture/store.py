@@ -29,6 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are private, results are not
     except OSError as error:
         raise _failure(path, error) from error
     temporary = Path(name)
@@ -39,6 +40,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise _failure(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _failure(path: Path, error: Exception) -> WriteFailed:

@@ -24,7 +24,7 @@ def demo(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare the bundled MoE with its dense twin; about a minute the first time, at once after that."""
+    """Compare the bundled MoE with its dense twin; two to three minutes the first time, at once after that."""
     import moe_lens
     from moe_lens.cli import probe
 

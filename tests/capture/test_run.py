@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -79,6 +80,15 @@ def test_a_full_disk_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, ki
 def test_a_really_full_device_is_reported(tmp_path):
     with pytest.raises(WriteFailed, match="could not write"):
         store.write_json(tmp_path / "f" / "x.json", {}) if (tmp_path / "f").write_text("file") else None
+
+
+def test_results_are_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        store.write_json(tmp_path / "x.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o644
 
 
 def test_state_round_trips(tmp_path):
