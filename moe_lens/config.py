@@ -118,7 +118,7 @@ class ProbeConfig(BaseModel):
     revision: str | None = Field(default=None, description="branch, tag or commit of the hub model")
     local_files_only: bool = Field(default=False, description="never ask the hub, use what its cache holds")
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
-    output: Path | None = Field(default=None, description="run directory")
+    output: Path | None = Field(default=None, description="run directory (runs/ and the model's name)")
     resume: bool = Field(default=True, description="continue a run of the same settings; --no-resume starts it anew")
 
     @property

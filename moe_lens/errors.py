@@ -55,8 +55,6 @@ class BadConfig(MoELensError):
 class WriteFailed(MoELensError):
     """Writing a result failed (disk full, permissions). Nothing that was there before is damaged."""
 
-    exit_code = 1
-
 
 class MemoryLimit(MoELensError):
     """The smallest possible piece of the job does not fit into --max-memory."""

@@ -214,7 +214,7 @@ def package_versions() -> dict[str, str]:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            continue
     return found
 
 

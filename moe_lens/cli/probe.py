@@ -12,7 +12,7 @@ import typer
 
 from moe_lens.cli.options import Json, Verbose, options_of
 from moe_lens.config import ProbeConfig, parse_ints
-from moe_lens.errors import BadConfig, BadOutput, OutOfRange
+from moe_lens.errors import BadOutput, OutOfRange
 from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def probe(
 
     settings = ProbeConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
     if not dry_run and settings.output is None:
-        raise BadConfig("no place for the results: give -o DIR, or --dry-run to see what a run would need")
+        name = settings.model.rstrip("/").split("/")[-1].replace(":", "-")
+        settings = settings.model_copy(update={"output": Path("runs") / name})
     specs = check_models(settings)
     text = read_corpus(settings)
     if dry_run:

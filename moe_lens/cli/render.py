@@ -151,6 +151,8 @@ def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
     roles = [role for role in ("moe", "dense") if role in best.index.get_level_values("role")]
     rows = []
     concepts = list(dict.fromkeys(best.index.get_level_values("concept")))
+    if not concepts:
+        return
     for concept in concepts[:n_concepts]:
         row = [concept]
         for role in roles:

@@ -232,7 +232,7 @@ def model_card(card: dict[str, Any], role: str) -> str:
         "\n## Not shown here\n\n",
         "One seed, one size. A raw comparison of single-neuron probes favours the MoE because it has more neurons to pick from "
         f"({card['models']['moe']['num_experts']} x {card['models']['moe']['intermediate_size']} against {card['models']['dense']['intermediate_size']} a layer): "
-        "compare with the pools matched (`moe-lens probe --baseline`), where the gap may vanish or reverse.\n",
+        "read the raw gap of `moe-lens probe --baseline` with that in mind; with the pools matched it may vanish or reverse.\n",
         "\n## Licence\n\nThe weights were trained only on public-domain, CC0, permissive, WordNet, LPPL, CC-BY and CC-BY-SA text; see "
         "`../corpus/SOURCES.md` for every source, its licence and its notice.\n",
     ]

@@ -4,7 +4,9 @@
 ``held_out``  the cell is chosen by AUROC on validate and scored once on test.
 
 Intervals resample whole test documents, the same ones for both models. They are conditional on the fitted
-probes and on the chosen cells: they show how far the gap depends on the documents, not on the search.
+probes and on the chosen cells: they show how far the gap depends on the documents, not on the search. They are
+percentile intervals; where a concept has few test documents, F1 is concave in what is drawn, and most draws lie
+below the point estimate.
 """
 
 from __future__ import annotations

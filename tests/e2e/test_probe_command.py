@@ -28,20 +28,20 @@ def test_the_literal_olmoe_id_gives_what_its_folder_gives(
     moe: Moe, small: tuple[object, ...], moe_folder: Path, tmp_path: Path
 ) -> None:
     make_hub_cache(tmp_path / "hub", "allenai/OLMoE-1B-7B-0125", moe_folder)
-    words = ("probe", "--model", "allenai/OLMoE-1B-7B", *small, "-o", "a", "--json")
+    words = ("probe", "--model", "allenai/OLMoE-1B-7B", *small, "--json")
     done = moe(*words, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["run"] == "a"
+    assert answer["run"] == "runs/OLMoE-1B-7B", "the default place"
     assert answer["summary"]["models"] == {"moe": "allenai/OLMoE-1B-7B-0125"}
     assert "allenai/OLMoE-1B-7B-0125" in done.stderr, "the notice of the alias"
-    model = json.loads((tmp_path / "a" / "manifest.json").read_text())["model"]
+    model = json.loads((tmp_path / answer["run"] / "manifest.json").read_text())["model"]
     assert (model["name"], model["revision"]) == ("allenai/OLMoE-1B-7B-0125", COMMIT)
 
     folder = moe("probe", "--model", moe_folder, *small, "-o", "b")
     assert (folder.returncode, folder.stderr) == (0, ""), "silent when stderr is no terminal"
     assert folder.stdout.splitlines()[-1] == "b"
-    a, b = (pd.read_parquet(tmp_path / name / "probe.parquet").drop(columns="model") for name in "ab")
+    a, b = (pd.read_parquet(tmp_path / name / "probe.parquet").drop(columns="model") for name in (answer["run"], "b"))
     pd.testing.assert_frame_equal(a, b)
 
 
@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_can_go_on(
     """Files over 6 kB fail as on a full disk: the manifest and small tables fit, larger ones do not."""
     words = ("probe", "--model", moe_folder, *small, "-o", "a")
     failed = moe(*words, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000)))
-    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (1, "", 1), failed.stderr
+    assert (failed.returncode, failed.stdout, failed.stderr.count("\n")) == (2, "", 1), failed.stderr
     assert "could not write" in failed.stderr
     run = tmp_path / "a"
     json.loads((run / "manifest.json").read_text())
