@@ -66,7 +66,6 @@ def test_only_commands_that_exist_are_listed(cli: Cli) -> None:
         (("ls", "a", "b"), "see moe-lens ls --help"),
         (("probe", "--model"), "see moe-lens probe --help"),
         (("probe",), "no model was named: give --model"),
-        (("probe", "--model", "bundled:tiny-moe"), "give -o DIR"),
     ],
 )
 def test_a_usage_error_is_one_sentence_and_exit_2(cli: Cli, words: tuple[str, ...], message: str) -> None:
