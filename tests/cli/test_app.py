@@ -79,7 +79,7 @@ def test_a_usage_error_is_one_sentence_and_exit_2(cli: Cli, words: tuple[str, ..
     ("error", "code", "message"),
     [
         (MoELensError("a problem\nin two lines: do this"), 2, "moe-lens: a problem in two lines: do this\n"),
-        (WriteFailed("could not write x"), 1, "moe-lens: could not write x\n"),
+        (WriteFailed("could not write x"), 2, "moe-lens: could not write x\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full: free some space"),
         (ZeroDivisionError("oops"), 1, "ZeroDivisionError: oops (run again with MOE_LENS_DEBUG=1 for the traceback)"),
         (KeyboardInterrupt(), 130, "moe-lens: interrupted\n"),
