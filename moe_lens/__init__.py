@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+_MODES = (
+    "zero", "mean", "mean_off", "resample", "drop_renorm", "mask_refill", "mask_refill_keep", "swap", "noise",
+)  # fmt: skip
 _LAZY = {
     "load": "moe_lens.models.load",
     "Lens": "moe_lens.models.lens",
+    **dict.fromkeys(_MODES, "moe_lens.models.edits"),
     "inspect": "moe_lens.models.spec",
+    "doctor": "moe_lens.models.doctor",
+    "Diagnosis": "moe_lens.models.doctor",
     "Spec": "moe_lens.models.spec",
     "Corpus": "moe_lens.corpus.text",
     "concept": "moe_lens.corpus.concepts",
@@ -28,18 +34,21 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run, capture, open_run
     from moe_lens.corpus.concepts import Concept, concept
     from moe_lens.corpus.text import Corpus, corpus
+    from moe_lens.models.doctor import Diagnosis, doctor
     from moe_lens.models.lens import Lens
     from moe_lens.models.load import load
     from moe_lens.models.spec import Spec, inspect
     from moe_lens.probing.probe import Probes, probe
 
 __all__ = [
-    "Concept", "Corpus", "Lens", "Probes", "Run", "Spec", "__version__", "capture", "concept", "corpus",
-    "inspect", "load", "open_run", "probe",
+    "Concept", "Corpus", "Diagnosis", "Lens", "Probes", "Run", "Spec", "__version__", "capture", "concept", "corpus",
+    "doctor", "inspect", "load", "open_run", "probe",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
+    if name == "edits":  # all ten modes; `patch` is there only, the top level keeps that name for the verb
+        return importlib.import_module("moe_lens.models.edits")
     if name in ("capture", "corpus"):  # callable sub-packages, see moe_lens._callable
         return importlib.import_module(f"moe_lens.{name}")
     if name not in _LAZY:

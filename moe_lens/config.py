@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from moe_lens.errors import BadConfig, nearest
 
@@ -63,11 +63,23 @@ def parse_names(text: str | Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(name.strip() for part in parts for name in str(part).split(",") if name.strip()))
 
 
+def _named(parse: Any) -> BeforeValidator:
+    """A parser of one setting whose complaint names the option."""
+
+    def read(value: Any, info: ValidationInfo) -> Any:
+        try:
+            return parse(value)
+        except BadConfig as error:
+            raise BadConfig(f"--{str(info.field_name).replace('_', '-')}: {error}") from error
+
+    return BeforeValidator(read)
+
+
 def _optional(parse: Any) -> BeforeValidator:
-    return BeforeValidator(lambda value: None if value is None else parse(value))
+    return _named(lambda value: None if value is None else parse(value))
 
 
-Ints = Annotated[list[int], BeforeValidator(parse_ints)]
+Ints = Annotated[list[int], _named(parse_ints)]
 OptionalInts = Annotated[list[int] | None, _optional(parse_ints)]
 OptionalNames = Annotated[list[str] | None, _optional(parse_names)]
 OptionalSize = Annotated[int | None, _optional(parse_size)]
@@ -82,7 +94,8 @@ class ProbeConfig(BaseModel):
     model: str = Field(description="MoE model: a hub id, a folder, or bundled:tiny-moe")
     baseline: str | None = Field(default=None, description="dense model to compare with, or a second MoE")
     dataset: str = Field(
-        default="bundled:", description="text: bundled:, a .jsonl, .txt or .parquet file, or a hub data set"
+        default="bundled:",
+        description="text or conversations: bundled:, a .jsonl, .txt or .parquet file, or a hub data set",
     )
     dataset_config: str | None = Field(default=None, description="configuration of the hub data set")
     split: str = Field(default="train", description="split of the hub data set")

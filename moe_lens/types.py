@@ -107,10 +107,12 @@ class ExpertTap:
     slot: Int[Tensor, "row"]
     """Rank of the expert among the token's top-k, 0 is the first the router returned."""
     weight: Float[Tensor, "row"]
-    """Router weight as the model applies it (1 in a dense FFN; the shared expert's own gate if it has one)."""
+    """Router weight as the model applies it to `output`: 1 in a dense FFN and where the gate already scales the
+    expert's input (Llama 4); the shared expert's own gate if it has one."""
     offsets: Int[Tensor, "expert+1"]
     activation: Float[Tensor, "row d_ff"]
-    """``act(gate) * up``: input of the down-projection, not weighted by the router."""
+    """``act(gate) * up``: input of the down-projection, not weighted by the router. Zero for LongCat-Flash's
+    experts without neurons."""
     router_logits: Float[Tensor, "token expert"] | None
     """Raw router logits, None for a dense or shared FFN."""
     n_tokens: int

@@ -98,21 +98,26 @@ class ClassMoments:
             sums = _LayerSums.zeros(tap.n_experts, classes.shape[1], tap.d_ff, h.device)
             self._layers[tap.layer] = sums
         ends = tap.offsets.tolist()
+        most = max((end - start for start, end in zip(ends, ends[1:], strict=False)), default=0)
+        workspace = torch.empty(most, 2 * tap.d_ff, device=h.device)  # [x, x * x] of one expert, reused
         for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
             if start == end:
                 continue
-            x = h[start:end].float()
-            member = classes[tap.token[start:end]]
-            n = member.sum(0, dtype=torch.float64)
+            member = classes.index_select(0, tap.token[start:end])
+            n = member.sum(0).double()  # exact: counts of one batch are far below 2**24
             if n[-1] == 0:
                 continue
+            rows = h[start:end].float()
             if sums.n[expert, -1] == 0:
-                sums.pivot[expert] = x.mean(0).double()
-            x = x - sums.pivot[expert].float()
+                sums.pivot[expert] = rows.mean(0).double()
+            both = workspace[: end - start]
+            x = both[:, : tap.d_ff]
+            torch.sub(rows, sums.pivot[expert].float(), out=x)
+            torch.mul(x, x, out=both[:, tap.d_ff :])
+            total = member.T @ both
             sums.n[expert] += n
-            both = member.T @ torch.cat([x, x * x], dim=1)
-            sums.s[expert] += both[:, : tap.d_ff]
-            sums.q[expert] += both[:, tap.d_ff :]
+            sums.s[expert] += total[:, : tap.d_ff]
+            sums.q[expert] += total[:, tap.d_ff :]
 
     def merge(self, other: ClassMoments) -> None:
         for layer, theirs in other._layers.items():

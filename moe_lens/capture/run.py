@@ -241,8 +241,9 @@ def identity_of(lens: Lens, corpus: Corpus, *, seed: int) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Short sha256 over the vocabulary."""
-    return digest(sorted(tokenizer.get_vocab().items()))
+    """Short sha256 over the vocabulary and the chat template, if there is one: it changes how conversations read."""
+    vocabulary, template = sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)
+    return digest(vocabulary if not template else [vocabulary, template])
 
 
 def write_routing(run: Run, stats: RoutingStats, corpus: Corpus) -> None:

@@ -1,6 +1,7 @@
 """Tokenised corpora and labelled batches: ``tokenize(...) -> Tokenized``, ``batches(...) -> Batches``.
 
-1. Documents are tokenised whole, with character offsets, without special tokens.
+1. Conversations are rendered with the tokenizer's chat template (`moe_lens.corpus.chat`). Documents are tokenised
+   whole, with character offsets, without special tokens beside those that a template writes.
 2. Token spans are made comparable between tokenizers: a blank that trimmed offsets leave out belongs to
    the token after it.
 3. Concept spans become token bits (`moe_lens.corpus.tagging`).
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens.corpus.chat import rendered
 from moe_lens.corpus.concepts import Concept
 from moe_lens.corpus.splits import SPLITS, assign_splits, code_of, domain_order
 from moe_lens.corpus.tagging import Tagger
@@ -36,6 +38,7 @@ class Tokenized:
     """All windows of a corpus, flat: window ``w`` is ``offsets[w]:offsets[w + 1]`` of every token array."""
 
     corpus: Corpus
+    """What was tokenised; its conversations are in this tokenizer's chat template."""
     concepts: tuple[Concept, ...]
     """Granularities filled in."""
     splits: Int[ndarray, "document"]
@@ -135,7 +138,7 @@ def tokenize(
     Raises:
         UnsupportedModel: the tokenizer reports no character offsets.
         BadConfig: `max_length` leaves no room for text, or a limit is too small.
-        BadCorpus: no document yields two tokens.
+        BadCorpus: no document yields two tokens, or the chat template refuses a conversation.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModel(
@@ -157,6 +160,7 @@ def tokenize(
     if documents is not None:
         wanted = set(documents)
         order = [i for i in order if i in wanted]
+    corpus = rendered(corpus, tokenizer, order, bos=tokenizer.bos_token if tokenizer.bos_token_id in before else "")
     builder = WindowBuilder(Tagger(concepts), room, before, after, special_ids(tokenizer), document_tokens)
     taken: dict[int, Windows] = {}
     total = 0

@@ -18,16 +18,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lens.corpus.text import Corpus, Document
 from moe_lens.errors import BadConcept, UnknownConcept, nearest
 from moe_lens.types import Granularity
+
+if TYPE_CHECKING:
+    from moe_lens.corpus.text import Corpus, Document
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 MIN_DOCUMENTS = 20
 """A field value is a concept from this many documents on: METRICS 1.1 asks for 10 + 5 + 5 with positives."""
 DOCUMENT_FIELDS = ("domain", "kind", "register", "language")
+CHAT_COLUMN = "chat_spans"
+"""Document field with the roles of a conversation: ``[{"start": 0, "end": 3, "tag": "user"}, ...]``."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +189,10 @@ def _checked_pattern(name: str, pattern: Any) -> str:
 
 @cache
 def builtin_concepts() -> tuple[Concept, ...]:
-    """The 58 concepts of the source, then those of the bundled ground truth. Names are unique and stable."""
-    from moe_lens.corpus import bundled_truth, source58
+    """The 58 of the source, those of the bundled ground truth, roles in chats. Names are unique and stable."""
+    from moe_lens.corpus import bundled_truth, chat, source58
 
-    return source58.CONCEPTS + bundled_truth.CONCEPTS
+    return source58.CONCEPTS + bundled_truth.CONCEPTS + chat.CONCEPTS
 
 
 def field_concepts(corpus: Corpus) -> tuple[Concept, ...]:
@@ -229,7 +233,7 @@ def concepts_for(corpus: Corpus, names: Any = None) -> list[Concept]:
     Args:
         names: None for every built-in and field concept that applies; or one or several of: a concept name,
             a category (``text``, ``code``, ``latex``, ``pos``, ``syntax``, ``domain`` ...), a collection
-            (``source58``, ``bundled``, ``fields``), the path of a YAML file, or a `Concept`.
+            (``source58``, ``bundled``, ``fields``, ``chat``), the path of a YAML file, or a `Concept`.
 
     Concepts that a category or collection contributes are left out where the corpus has no document in their
     scope; a concept asked for by its own name is refused then. Of two field concepts that hold for the same
@@ -242,7 +246,8 @@ def concepts_for(corpus: Corpus, names: Any = None) -> list[Concept]:
     of_fields = field_concepts(corpus)
     known = {c.name: c for c in (*builtin_concepts(), *of_fields)}
     if names is None:
-        names = ["source58", "bundled", *(["fields"] if of_fields else [])]
+        is_chat = any(CHAT_COLUMN in document.fields for document in corpus.documents)
+        names = ["source58", "bundled", *(["fields"] if of_fields else []), *(["chat"] if is_chat else [])]
     elif isinstance(names, str | Path | Concept):
         names = [names]
     chosen: dict[str, Concept] = {}
@@ -290,6 +295,8 @@ def _required(one: Concept, corpus: Corpus) -> Concept:
 def _why(one: Concept) -> str:
     if isinstance(one.labeller, FieldEquals):
         return f"its documents need a field {one.labeller.field!r}"
+    if isinstance(one.labeller, Column) and CHAT_COLUMN in one.labeller.columns:
+        return "its rows need a column messages (or conversations) with a list of messages"
     if isinstance(one.labeller, Column):
         return f"its documents need a column of tags named {' or '.join(one.labeller.columns)}"
     if isinstance(one.labeller, TokenClass):

@@ -2,7 +2,8 @@
 
 Fields are strings. Numbers and booleans are written out; a nested record such as the Pile's
 ``{"meta": {"pile_set_name": "Github"}}`` is flattened to its innermost names; a list of words, tags or
-spans is kept as JSON, and class labels in it are replaced by their names.
+spans is kept as JSON, and class labels in it are replaced by their names. A row without the text column but with
+a list of messages is a conversation (see `moe_lens.corpus.chat`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from moe_lens.corpus import chat
 from moe_lens.errors import BadCorpus, nearest
 
 SUFFIXES = (".jsonl", ".txt", ".parquet")
@@ -247,6 +249,8 @@ def _with_names(value: Any, names: list[str]) -> Any:
 
 
 def _row(record: dict[str, Any], where: str, place: str, text_column: str, skipped: dict[str, int]) -> Row | None:
+    if (column := chat.conversation_column(record, text_column)) is not None:
+        return _conversation(record, where, place, column, skipped)
     if text_column not in record:
         raise BadCorpus(
             f"{where}: no column {text_column!r}{nearest(text_column, record)}; "
@@ -261,6 +265,16 @@ def _row(record: dict[str, Any], where: str, place: str, text_column: str, skipp
     if not _usable(text, skipped):
         return None
     return Row(place, text, _fields({k: v for k, v in record.items() if k != text_column}))
+
+
+def _conversation(record: dict[str, Any], where: str, place: str, column: str, skipped: dict[str, int]) -> Row | None:
+    try:
+        text, fields = chat.read_messages(record[column])
+    except BadCorpus as error:
+        raise BadCorpus(f"{where}: {error}") from None
+    if not _usable(text, skipped):
+        return None
+    return Row(place, text, {**_fields({k: v for k, v in record.items() if k != column}), **fields})
 
 
 def _fields(record: dict[str, Any]) -> dict[str, str]:

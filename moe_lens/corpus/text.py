@@ -11,7 +11,8 @@ folder of ``.txt``     a file
 other folder, hub id   a row that ``datasets.load_dataset(..., streaming=True)`` yields
 =====================  ====================================================================
 
-Every other column becomes a field of the document (see `moe_lens.corpus.readers`).
+Every other column becomes a field of the document (see `moe_lens.corpus.readers`). A row with `messages` (or
+`conversations`) and no text column is a conversation: see `moe_lens.corpus.chat`.
 """
 
 from __future__ import annotations

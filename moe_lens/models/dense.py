@@ -19,7 +19,7 @@ from moe_lens.types import ExpertTap
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from moe_lens.models.seam import Edit
+    from moe_lens.models.seam import Edit, Pass
     from moe_lens.models.sites import Site
 
 
@@ -30,7 +30,7 @@ class _Call:
     gate: Tensor | None = None
 
 
-def attach(site: Site, on_tap: Callable[[ExpertTap], None], edit: Edit | None, stack: ExitStack) -> None:
+def attach(site: Site, on_tap: Callable[[ExpertTap], None], edit: Edit | None, stack: ExitStack, current: Pass) -> None:
     """Hook the FFN of a dense or shared `site` until `stack` closes."""
     call = _Call()
 
@@ -40,14 +40,19 @@ def attach(site: Site, on_tap: Callable[[ExpertTap], None], edit: Edit | None, s
         call.gate = torch.sigmoid(site.shared_gate(x)).reshape(-1)
 
     def before_last_linear(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        assert edit is not None
+        if edit is None or current.recording is not None:
+            return None
         edited = edit.activation(make_tap(site, args[0], None, call.gate))
         return None if edited is None else (edited.reshape(args[0].shape), *args[1:])
 
     def after_last_linear(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if current.recording is not None:
+            return None
         edited = edit.output(make_tap(site, args[0], output, call.gate)) if edit is not None else None
         result = output if edited is None else edited.reshape(output.shape)
         on_tap(make_tap(site, args[0], result, call.gate))
+        if site.block_adds_in_place:  # or it would change the tap's output behind the consumer's back
+            return result.clone()
         return None if edited is None else result
 
     if site.shared_gate is not None and site.ffn is not None:

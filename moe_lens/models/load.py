@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +36,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     kernel: Kernel = "native",
@@ -43,6 +48,8 @@ def load(
         dtype: None keeps the checkpoint's own; else bfloat16, float16 or float32.
         device: None means the GPU if there is one, else the CPU. Ignored with `device_map`.
         device_map: "auto" spreads a large model over GPUs, CPU and disk (accelerate).
+        offload_folder: where weights go that `device_map` puts on disk; None means a temporary folder, which is
+            removed with the model.
         trust_remote_code: run code that the repository brings; off unless you ask.
         kernel: order of the expert computation; "native" is bit-equal to what transformers would run.
 
@@ -56,12 +63,21 @@ def load(
     if kernel not in KERNELS:
         raise BadConfig(f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}")
     where = source.resolve(name)
-    options = source.Options(revision, local_files_only, trust_remote_code)
+    options = source.reachable(where, source.Options(revision, local_files_only, trust_remote_code))
     config = source.read_config(where, options)
+    source.refuse_quantised(where.name, source.quantisation(config))
     find_sites(empty_model(config, trust_remote_code))
     tokenizer = source.read_tokenizer(where, options)
     source.check_weights(where)
-    model = _weights(where, options, config, wanted, device_map)
+    placed, temporary = _place(device_map, offload_folder)
+    try:
+        model = _weights(where, options, config, wanted, placed)
+    except BaseException:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if temporary is not None:
+        weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
     if place is not None:
         model.to(place)
     model.eval()
@@ -69,11 +85,13 @@ def load(
 
 
 def require_moe(spec: Spec) -> None:
-    """Refuse a dense model where experts are needed.
+    """Refuse, by its spec alone, a model whose experts cannot be looked into.
 
     Raises:
         NotAnMoE: `spec` has no layer with more than one expert.
+        UnsupportedModel: its experts are quantised.
     """
+    source.refuse_quantised(spec.name, spec.quantisation)
     if not spec.is_moe:
         raise NotAnMoE(
             f"{spec.name!r} is a dense model ({spec.model_type}): give a Mixture-of-Experts model here, "
@@ -81,17 +99,27 @@ def require_moe(spec: Spec) -> None:
         )
 
 
+def _place(device_map: str | dict[str, Any] | None, folder: str | Path | None) -> tuple[dict[str, Any], Path | None]:
+    """How transformers places weights, and a temporary folder to remove if one was made.
+
+    Experts are fused on loading, so those that go to disk are written anew.
+    """
+    if device_map is None:
+        return {}, None
+    temporary = Path(tempfile.mkdtemp(prefix="moe-lens-offload-")) if folder is None else None
+    return {"device_map": device_map, "offload_folder": temporary or folder}, temporary
+
+
 def _weights(
-    where: source.Source, options: source.Options, config: Any, dtype: torch.dtype | str, device_map: Any
+    where: source.Source, options: source.Options, config: Any, dtype: torch.dtype | str, placed: dict[str, Any]
 ) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    extra = {} if device_map is None else {"device_map": device_map}
     try:
         with _bars_only_on_terminals():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where.location, config=config, dtype=dtype, output_loading_info=True, **extra, **options.kwargs()
+                where.location, config=config, dtype=dtype, output_loading_info=True, **placed, **options.kwargs()
             )
     except SafetensorError as error:
         raise ModelNotFound(f"the weights of {where.name!r} are damaged: download them again ({error})") from error

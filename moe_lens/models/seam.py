@@ -3,6 +3,7 @@
 transformers (>= 5.7) calls every decorated experts module as `experts(x, top_k_index, top_k_weights)`
 and looks the implementation up by name (`transformers.integrations.moe`). We register "moe_lens":
 
+0. edits may change which experts a token visits and with what weight;
 1. sort the T*K (token, expert) visits by expert, with the same call as the implementation we stand in for;
 2. up-projection and activation, one group of rows per expert  -> `ExpertTap.activation`
 3. down-projection of the same rows                            -> `ExpertTap.output`
@@ -10,7 +11,8 @@ and looks the implementation up by name (`transformers.integrations.moe`). We re
 
 The operations and their order are those of transformers' own `grouped_mm` or `eager`, so the result is
 bit-equal to it and the intermediate values cost nothing extra. Module flags (`has_gate`, `has_bias`,
-`is_transposed`, `_apply_gate`) describe each family.
+`is_transposed`, `_apply_gate`) describe each family. Families that transformers does not dispatch go through
+the same steps with an `ExpertsCall` of their own (`adapters`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +29,14 @@ from torch.nn import functional as F
 
 from moe_lens.errors import BadConfig, UnsupportedModel
 from moe_lens.models import dense, families
+from moe_lens.models.adapters import adapter_of
+from moe_lens.models.adapters.base import replace_forward
+from moe_lens.models.rows import ExpertsCall, Rows, sort_rows, sum_by_expert
 from moe_lens.models.sites import Site, is_experts
 from moe_lens.types import ExpertTap, Role
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 log = logging.getLogger("moe_lens")
 
@@ -42,8 +47,31 @@ KERNELS: tuple[Kernel, ...] = ("native", "grouped_mm", "eager")
 OnTap = Callable[[ExpertTap], None]
 
 
+class StopForward(Exception):
+    """Ends a forward pass early, once the last wanted layer has run."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router of one layer decided about one batch."""
+
+    site: Site
+    index: Int[Tensor, "token slot"]
+    weight: Float[Tensor, "token slot"]
+    logits: Float[Tensor, "token expert"] | None
+    """Raw router logits; None when the family keeps its router where we cannot find it."""
+    call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """Arguments of the router's call, so that an edit can ask it again."""
+    removed: Bool[Tensor, "token expert"] | None = None
+    """Experts that outer edits took out of the choice; inner edits keep them out."""
+
+
 class Edit:
-    """A change of what is computed. Subclasses override either method; None leaves the value alone."""
+    """A change of what is computed. Subclasses override any method; None leaves the value alone."""
+
+    def routing(self, routing: Routing) -> Routing | None:
+        """New experts and weights of every token of a routed layer, before its experts run."""
+        return None
 
     def activation(self, tap: ExpertTap) -> Float[Tensor, "row d_ff"] | None:
         """New activation of a layer's rows. `tap.output` does not exist yet."""
@@ -60,9 +88,38 @@ class Session:
 
     site: Site
     on_tap: OnTap
-    kernel: str
     edit: Edit | None
     router_logits: list[Tensor] = field(default_factory=list)
+    router_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    router_return: Any = None
+
+
+@dataclass
+class Pass:
+    """State of the forward passes of one model inside its outermost `tapping` block."""
+
+    recording: dict[int, Routing] | None = None
+    """While this is a dict, the model computes without edits and taps, and each layer's routing goes here."""
+
+    @contextmanager
+    def record(self) -> Iterator[dict[int, Routing]]:
+        """Run without edits and taps inside the block, keeping the routing of every layer that has a session."""
+        if self.recording is not None:
+            raise RuntimeError("a clean pass is under way already")
+        self.recording = {}
+        try:
+            yield self.recording
+        finally:
+            self.recording = None
+
+
+@dataclass
+class Seat:
+    """What an experts module carries while its model is tapped."""
+
+    order: str
+    current: Pass
+    sessions: tuple[Session, ...] = ()
 
 
 @contextmanager
@@ -73,7 +130,7 @@ def tapping(
     *,
     kernel: Kernel = "native",
     edit: Edit | None = None,
-) -> Iterator[None]:
+) -> Iterator[Pass]:
     """Deliver an `ExpertTap` for each of `sites` whenever `model` runs inside the block.
 
     The model computes what it computes without us, bit for bit, unless `edit` changes it. Everything is
@@ -91,14 +148,15 @@ def tapping(
     """
     routed = [site for site in sites if site.routed]
     with ExitStack() as stack:
+        current = Pass()
         if routed:
-            order = _switch(model, routed[0].module, kernel, stack)
+            current = _switch(model, routed[0].module, kernel, stack)
             for site in routed:
-                _attach(site, Session(site, on_tap, order, edit), stack)
+                _attach(site, Session(site, on_tap, edit), stack)
         for site in sites:
             if not site.routed:
-                dense.attach(site, on_tap, edit, stack)
-        yield
+                dense.attach(site, on_tap, edit, stack, current)
+        yield current
 
 
 def require_transformers() -> None:
@@ -132,123 +190,118 @@ def resolve_kernel(experts: nn.Module, kernel: Kernel) -> str:
     """
     if kernel not in KERNELS:
         raise BadConfig(f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}")
+    adapter = adapter_of(experts)
+    if adapter is not None and kernel == "grouped_mm":
+        raise BadConfig(f"{adapter.title} runs its experts in its own order only: leave the kernel at native")
+    if adapter is not None:
+        return "eager"
     if kernel != "native":
         return kernel
+    seat = vars(experts).get("_moe_lens")
+    if seat is not None:  # inside another tapping block: keep its order
+        return seat.order
     native = str(experts.config._experts_implementation)  # type: ignore[union-attr]
-    if native == IMPLEMENTATION:  # inside another tapping block: keep its order
-        sessions = vars(experts).get("_moe_lens")
-        return sessions[0].kernel if sessions else "grouped_mm"
     if native not in ("grouped_mm", "eager"):
         log.warning("the model is set to %s; moe-lens computes its experts with grouped_mm instead", native)
         return "grouped_mm"
     return native
 
 
-def _switch(model: nn.Module, experts: nn.Module, kernel: Kernel, stack: ExitStack) -> str:
-    """Set `model` to our implementation until `stack` closes."""
+def _switch(model: nn.Module, experts: nn.Module, kernel: Kernel, stack: ExitStack) -> Pass:
+    """Set `model` to our implementation until `stack` closes; inside another block, join it."""
     require_transformers()
     order = resolve_kernel(experts, kernel)
-    if experts.config._experts_implementation == IMPLEMENTATION:  # type: ignore[union-attr]
-        outer = resolve_kernel(experts, "native")
-        if order != outer:
-            raise BadConfig(f"kernel {kernel!r} contradicts the enclosing block, which runs {outer}")
-        return order
-    previous = model.get_experts_implementation()  # type: ignore[operator]
-    stack.callback(model.set_experts_implementation, previous)  # type: ignore[arg-type]
-    model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
-    if experts.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not let its experts be switched: use the transformers class of the family"
-        )
+    seat: Seat | None = vars(experts).get("_moe_lens")
+    if seat is not None:
+        if order != seat.order:
+            raise BadConfig(f"kernel {kernel!r} contradicts the enclosing block, which runs {seat.order}")
+        return seat.current
+    if is_experts(experts):
+        previous = model.get_experts_implementation()  # type: ignore[operator]
+        stack.callback(model.set_experts_implementation, previous)  # type: ignore[arg-type]
+        model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
+        if experts.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+            raise UnsupportedModel(
+                f"{type(model).__name__} does not let its experts be switched: use the transformers class of the family"
+            )
+    current = Pass()
     for module in model.modules():  # layers without a tap run the same order as the others
-        if is_experts(module):
-            module._moe_lens_order = order  # type: ignore[assignment]
-            stack.callback(delattr, module, "_moe_lens_order")
-    return order
+        is_adapted = adapter_of(module) is not None
+        if is_adapted or is_experts(module):
+            module._moe_lens = Seat(order, current)  # type: ignore[assignment]
+            stack.callback(delattr, module, "_moe_lens")
+        if is_adapted:
+            replace_forward(module, _adapted_forward, stack)
+    return current
 
 
 def _attach(site: Site, session: Session, stack: ExitStack) -> None:
     """Give `site` a session until `stack` closes; nested sessions form a tuple, outermost first."""
-    outer: tuple[Session, ...] = vars(site.module).get("_moe_lens", ())
-    site.module._moe_lens = (*outer, session)  # type: ignore[assignment]
-
-    def restore() -> None:
-        if outer:
-            site.module._moe_lens = outer  # type: ignore[assignment]
-        else:
-            del site.module._moe_lens
-
-    stack.callback(restore)
+    seat: Seat = site.module._moe_lens  # type: ignore[assignment]
+    stack.callback(setattr, seat, "sessions", seat.sessions)
+    seat.sessions = (*seat.sessions, session)
     if site.router is not None and site.role is Role.MOE:
-        hook = site.router.register_forward_hook(lambda _m, _a, out: _keep_logits(site, session, out))
-        stack.callback(hook.remove)
+
+        def keep(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            session.router_call, session.router_return = (args, kwargs), out
+            session.router_logits[:] = [logits_of(site, out)]
+
+        stack.callback(site.router.register_forward_hook(keep, with_kwargs=True).remove)
 
 
-def _keep_logits(site: Site, session: Session, out: Any) -> None:
+def logits_of(site: Site, out: Any) -> Float[Tensor, "token expert"]:
+    """Raw router logits from what the router of `site` returned."""
+    if site.adapter is not None:
+        return site.adapter.read_router(site.block, out).logits
     logits = out[0] if isinstance(out, tuple) else out
     if type(site.router).__name__ in families.PROBABILITY_ROUTERS:
         logits = logits.log()
-    session.router_logits[:] = [logits.reshape(-1, logits.shape[-1])]
-
-
-class Rows(NamedTuple):
-    """The (token, expert) visits of one call, sorted by expert."""
-
-    token: Int[Tensor, "row"]
-    slot: Int[Tensor, "row"]
-    offsets: Int[Tensor, "expert+1"]
-    order: Int[Tensor, "row"]
-    """Index of each row among the T*K visits in (token, slot) order."""
-
-    @property
-    def groups(self) -> list[tuple[int, slice]]:
-        """Every expert that has rows, with its rows."""
-        ends = self.offsets.tolist()
-        return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if b > a]
-
-
-def sort_rows(index: Int[Tensor, "token slot"], n_experts: int, kernel: str, sentinels: bool) -> Rows:
-    """Sort visits by expert in the row order of transformers' own implementation.
-
-    Equal bits need equal row order. `grouped_mm` takes `torch.sort` of the visits (not stable); the eager
-    loop takes each expert's visits by slot, then token. Under expert parallelism the visits of other
-    ranks carry the id `n_experts`; they sort to the end and are dropped.
-    """
-    top_k = index.shape[-1]
-    if kernel == "eager":
-        expert, order = torch.sort(index.t().reshape(-1), stable=True)
-        slot, token = order // index.shape[0], order % index.shape[0]
-        order = token * top_k + slot
-    else:
-        expert, order = torch.sort(index.reshape(-1))
-        token, slot = order // top_k, order % top_k
-    counts = torch.bincount(expert, minlength=n_experts)[:n_experts]
-    offsets = F.pad(counts.cumsum(0), (1, 0))
-    if sentinels:
-        kept = int(offsets[-1])
-        token, slot, order = token[:kept], slot[:kept], order[:kept]
-    return Rows(token, slot, offsets, order)
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _experts_forward(
     self: Any, hidden_states: Float[Tensor, "token d_model"], top_k_index: Tensor, top_k_weights: Tensor
 ) -> Float[Tensor, "token d_model"]:
     """The implementation that transformers calls for every experts module while a model is tapped."""
-    sessions: tuple[Session, ...] = vars(self).get("_moe_lens", ())
-    order = vars(self).get("_moe_lens_order", "grouped_mm")
+    seat: Seat | None = vars(self).get("_moe_lens")
+    order = seat.order if seat is not None else "grouped_mm"
+    sessions = seat.sessions if seat is not None else ()
+    if seat is not None and sessions and seat.current.recording is not None:
+        site = sessions[0].site
+        seat.current.recording[site.layer] = _routing(sessions[0], top_k_index, top_k_weights)
+        sessions = ()
     if not sessions:
         return _native(self, order)(self, hidden_states, top_k_index, top_k_weights)
-    rows = sort_rows(top_k_index, self.num_experts, order, getattr(self, "_is_expert_parallel", False))
-    weight = top_k_weights[rows.token, rows.slot]
-    activation = _activation(self, hidden_states[rows.token], rows, order)
-    make = _tap_maker(hidden_states.shape[0], rows, weight)
+    return _deliver(sessions, _DispatchedCall(self, hidden_states, top_k_index, top_k_weights, order))
+
+
+def _adapted_forward(experts: nn.Module, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What stands in for the `forward` of an undecorated family's experts module while its model is tapped."""
+    seat: Seat = experts._moe_lens  # type: ignore[assignment]
+    sessions, adapter = seat.sessions, adapter_of(experts)
+    inputs = (*args, *kwargs.values())
+    call = adapter.call(experts, inputs, sessions[0]) if sessions and adapter is not None else None
+    if call is not None and seat.current.recording is None:
+        return _deliver(sessions, call)
+    if call is not None and seat.current.recording is not None:
+        seat.current.recording[sessions[0].site.layer] = _routing(sessions[0], call.index, call.weight)
+    return native(*args, **kwargs)
+
+
+def _deliver(sessions: Sequence[Session], call: ExpertsCall) -> Any:
+    """Run one layer's experts with the edits of its sessions, and hand out the taps."""
+    routing = _routing(sessions[0], call.index, call.weight)
+    for session in sessions:
+        if session.edit is not None:
+            routing = session.edit.routing(routing) or routing
+    rows, weight = call.visit(routing.index, routing.weight)
+    activation = call.activate()
+    make = _tap_maker(len(routing.index), rows, weight)
     for session in sessions:
         if session.edit is not None:
             edited = session.edit.activation(make(session, activation, None))
             activation = activation if edited is None else edited
-    output = _project(self, activation, rows, order, "down_proj")
-    if getattr(self, "has_post_expert_norm", False):
-        output = self.post_expert_norm(output)
+    output = call.project(activation)
     for session in sessions:
         if session.edit is not None:
             edited = session.edit.output(make(session, activation, output))
@@ -256,7 +309,43 @@ def _experts_forward(
     for session in sessions:
         session.on_tap(make(session, activation, output))
         session.router_logits.clear()
-    return _combine(hidden_states, output, weight, rows, top_k_index.shape[-1], order)
+        session.router_call = session.router_return = None
+    return call.combine(output)
+
+
+class _DispatchedCall(ExpertsCall):
+    """A call of an experts module that transformers dispatches to us."""
+
+    def __init__(self, experts: Any, x: Tensor, index: Tensor, weight: Tensor, order: str) -> None:
+        self.experts, self.x, self.index, self.weight, self.order = experts, x, index, weight, order
+
+    def visit(self, index: Tensor, weight: Tensor) -> tuple[Rows, Tensor]:
+        is_parallel = getattr(self.experts, "_is_expert_parallel", False)
+        self.rows, self.top_k = sort_rows(index, self.experts.num_experts, self.order, is_parallel), index.shape[-1]
+        self.factor = weight[self.rows.token, self.rows.slot]
+        return self.rows, self.factor
+
+    def activate(self) -> Tensor:
+        return _activation(self.experts, self.x, self.rows, self.order)
+
+    def project(self, activation: Tensor) -> Tensor | list[Tensor]:
+        output = _project(self.experts, activation, self.rows, self.order, "down_proj")
+        if not getattr(self.experts, "has_post_expert_norm", False):
+            return output
+        norm = self.experts.post_expert_norm
+        return [norm(part) for part in output] if isinstance(output, list) else norm(output)
+
+    def combine(self, output: Tensor | list[Tensor]) -> Tensor:
+        if self.order == "eager":
+            wide = type(self.experts).__name__ in families.EAGER_SUMS_IN_WEIGHT_DTYPE
+            return sum_by_expert(self.x, output, self.factor, self.rows, self.factor.dtype if wide else None)
+        assert isinstance(output, Tensor)
+        return _sum_by_slot(self.x, output, self.factor, self.rows, self.top_k)
+
+
+def _routing(session: Session, index: Tensor, weight: Tensor) -> Routing:
+    logits = session.router_logits[0] if session.router_logits else None
+    return Routing(session.site, index, weight, logits, session.router_call)
 
 
 def _native(experts: nn.Module, order: str) -> Callable[..., Tensor]:
@@ -265,12 +354,14 @@ def _native(experts: nn.Module, order: str) -> Callable[..., Tensor]:
     return type(experts).forward.__wrapped__ if order == "eager" else ALL_EXPERTS_FUNCTIONS[order]
 
 
-def _tap_maker(n_tokens: int, rows: Rows, weight: Tensor) -> Callable[[Session, Tensor, Tensor | None], ExpertTap]:
-    def make(session: Session, activation: Tensor, output: Tensor | None) -> ExpertTap:
+def _tap_maker(
+    n_tokens: int, rows: Rows, weight: Tensor
+) -> Callable[[Session, Tensor, Tensor | list[Tensor] | None], ExpertTap]:
+    def make(session: Session, activation: Tensor, output: Tensor | list[Tensor] | None) -> ExpertTap:
         def make_output() -> Tensor:
             if output is None:
                 raise RuntimeError("an activation edit runs before the down-projection: it has no output yet")
-            return output
+            return torch.cat(output) if isinstance(output, list) else output
 
         return ExpertTap(
             session.site.layer, session.site.role, rows.token, rows.slot, weight, rows.offsets, activation,
@@ -280,18 +371,22 @@ def _tap_maker(n_tokens: int, rows: Rows, weight: Tensor) -> Callable[[Session, 
     return make
 
 
-def _activation(experts: Any, x: Tensor, rows: Rows, order: str) -> Float[Tensor, "row d_ff"]:
+def _activation(experts: Any, x: Float[Tensor, "token d_model"], rows: Rows, order: str) -> Float[Tensor, "row d_ff"]:
     act = experts._apply_gate if experts.has_gate else experts.act_fn
     name = "gate_up_proj" if experts.has_gate else "up_proj"
-    if order == "eager":  # per expert: vectorised and scalar tails of an activation differ in the last bit
-        return _cat([act(_linear(experts, x[at], e, name)) for e, at in rows.groups], x, experts, name)
-    return act(_project(experts, x, rows, order, name))
+    if order != "eager" or not rows.groups:
+        return act(_project(experts, x[rows.token], rows, "grouped_mm", name))
+    # per expert: vectorised and scalar tails of an activation differ in the last bit
+    return torch.cat([act(_linear(experts, x[rows.token[at]], e, name)) for e, at in rows.groups])
 
 
-def _project(experts: Any, x: Tensor, rows: Rows, order: str, name: str) -> Tensor:
-    """Rows through the weight matrix `name` of each row's expert."""
-    if order == "eager":
-        return _cat([_linear(experts, x[at], e, name) for e, at in rows.groups], x, experts, name)
+def _project(experts: Any, x: Tensor, rows: Rows, order: str, name: str) -> Tensor | list[Tensor]:
+    """Rows through the weight matrix `name` of each row's expert; eager order gives a tensor per expert.
+
+    Joining those would cost a copy that most consumers never look at.
+    """
+    if order == "eager" and rows.groups:
+        return [_linear(experts, x[at], e, name) for e, at in rows.groups]
     from transformers.integrations.moe import _grouped_linear
 
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
@@ -311,22 +406,8 @@ def _linear(experts: Any, x: Tensor, expert: int, name: str) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _cat(parts: list[Tensor], x: Tensor, experts: Any, name: str) -> Tensor:
-    if parts:
-        return torch.cat(parts)
-    transposed = getattr(experts, "is_transposed", False)
-    width = getattr(experts, name).shape[2 if transposed else 1]
-    return x.new_zeros(0, width // 2 if name == "gate_up_proj" else width)
-
-
-def _combine(x: Tensor, output: Tensor, weight: Tensor, rows: Rows, top_k: int, order: str) -> Tensor:
-    """Weight each row and sum per token, in the order of the implementation we stand in for."""
-    if order == "eager":
-        total = torch.zeros_like(x)
-        for _, at in rows.groups:
-            part = output[at] * weight[at, None]
-            total.index_add_(0, rows.token[at], part.to(total.dtype))
-        return total
+def _sum_by_slot(x: Tensor, output: Tensor, weight: Tensor, rows: Rows, top_k: int) -> Float[Tensor, "token d_model"]:
+    """Weight each row and sum per token in slot order, as transformers' `grouped_mm` does."""
     weighted = output * weight.unsqueeze(-1)
     n_visits = x.shape[0] * top_k
     if len(rows.order) == n_visits:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ log = logging.getLogger("moe_lens")
 
 BUNDLED = "bundled:"
 QUANTISED = ("fp8", "fbgemm_fp8", "finegrained_fp8", "mxfp4", "fp_quant", "compressed-tensors")
+HUB_PATIENCE = 5.0
+"""Seconds to wait for the hub's answer before its cache is used instead."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,34 @@ def resolve(name: str) -> Source:
     return Source(hub_id, hub_id, False)
 
 
+def reachable(source: Source, options: Options) -> Options:
+    """`options` that keep to the local cache if the hub does not answer.
+
+    Without this, every file that a cached repository lacks costs five retries of the hub client: minutes of
+    waiting for a model that is there.
+    """
+    from huggingface_hub import constants, get_session
+
+    if source.is_folder or options.local_files_only or constants.is_offline_mode():
+        return options
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception as error:  # the client's errors belong to whichever HTTP library the hub client uses
+        log.warning(
+            "the hub does not answer (%s): using only what the local cache holds of %s",
+            _first_line(error), source.name,
+        )  # fmt: skip
+        return replace(options, local_files_only=True)
+    return options
+
+
 def read_config(source: Source, options: Options) -> Any:
-    """The model's config, checked for what moe-lens can work with.
+    """The model's config, checked for what moe-lens can describe.
 
     Raises:
         ModelNotFound: no such repository or revision, or the hub cannot be reached.
-        UnsupportedModel: an encoder-decoder, not a causal language model, quantised experts, a model
-            type that the installed transformers does not know.
+        UnsupportedModel: an encoder-decoder, not a causal language model, or a model type that the installed
+            transformers does not know.
     """
     require_transformers()
     import transformers
@@ -125,20 +148,37 @@ def check_config(config: Any, name: str) -> None:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if (refusal := families.refusal(config)) is not None:
+        raise UnsupportedModel(refusal)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name!r} is an encoder-decoder: give a decoder-only (causal) language model")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
-        raise UnsupportedModel(f"{name!r} ({config.model_type}) is no causal language model: give a decoder-only model")
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        if not isinstance(quantisation, dict):
-            quantisation = quantisation.to_dict()
-        method = str(quantisation.get("quant_method", ""))
-        if method in QUANTISED and not quantisation.get("dequantize"):
-            raise UnsupportedModel(
-                f"{name!r} stores its experts in {method}, which cannot be tapped: dequantise it to bfloat16 first"
-            )
+        raise UnsupportedModel(
+            f"transformers loads {name!r} ({config.model_type}) as no causal language model: give a decoder-only one, "
+            "or build the model yourself and pass it to moe_lens.Lens(model, tokenizer)"
+        )
+
+
+def quantisation(config: Any) -> str | None:
+    """Method that the checkpoint's weights are quantised with, None if they are plain or are dequantised on loading."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else found.to_dict()
+    return None if settings.get("dequantize") else str(settings.get("quant_method", "an unnamed method"))
+
+
+def refuse_quantised(name: str, method: str | None) -> None:
+    """Refuse weights that are no plain matrices.
+
+    Raises:
+        UnsupportedModel: `method` stores experts in a form that cannot be tapped.
+    """
+    if method in QUANTISED:
+        raise UnsupportedModel(
+            f"{name!r} stores its experts in {method}, which cannot be tapped: dequantise it to bfloat16 first"
+        )
 
 
 def read_tokenizer(source: Source, options: Options) -> Any:

@@ -16,6 +16,8 @@ from torch import nn
 
 from moe_lens.errors import UnsupportedModel
 from moe_lens.models import families, source
+from moe_lens.models.adapters import idle_in_attention
+from moe_lens.models.gates import GateRule, rule_of_router
 from moe_lens.models.sites import Site, find_sites, first_d_model
 from moe_lens.types import Role
 
@@ -42,7 +44,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """The anatomy of a model. `sparsity` is active over total experts: 0.125 for 8 of 64, 1.0 if dense."""
+    """The anatomy of a model.
+
+    `sparsity` is N_A / N, visited over total experts: 0.125 for 8 of 64, 1.0 if dense.
+
+    `active_parameters` counts what one token uses: everything but the routed experts that it does not visit, so
+    with attention, norms, routers, dense layers, shared experts, the LM head and the input embedding. Most
+    model cards count the same way (Mixtral 12.9B, Qwen3-30B-A3B 3.3B); those of gpt-oss leave the input
+    embedding out (4.2B here, 3.6B there), which is `active_parameters - embedding_parameters`. Modules for
+    predicting further tokens are not part of the model that transformers builds, hence in no count.
+    """
 
     name: str
     revision: str | None
@@ -54,11 +65,18 @@ class Spec:
     d_model: int
     vocab_size: int
     max_positions: int | None
+    gate: GateRule | None
+    """How router weights come from logits, measured on the router's code; None if dense or of no known form."""
     norm_topk_prob: bool | None
-    """Whether router weights are renormalised over the chosen experts; None when the config is silent."""
+    """Whether router weights are renormalised over the chosen experts. What the router's code does counts,
+    then what the config says (DeepSeek-V2's code ignores its config); None when neither tells."""
+    quantisation: str | None
+    """Method the checkpoint's weights are quantised with; the counts below are of the plain model."""
     total_parameters: int
     active_parameters: int
-    """Parameters that one token uses, embeddings included."""
+    """Parameters that one token uses (see above)."""
+    embedding_parameters: int
+    """Parameters of the input embedding, part of both counts."""
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -98,11 +116,23 @@ class Spec:
         """The feed-forward part of `layer`, None if it has none."""
         return next((entry for entry in self.layers if entry.layer == layer), None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the fields, and what follows from them."""
+        return {
+            **asdict(self),
+            "gate": None if self.gate is None else {**asdict(self.gate), "words": str(self.gate)},
+            "is_moe": self.is_moe,
+            "moe_layers": list(self.moe_layers),
+            "sparsity": self.sparsity,
+            "suggested_baseline": self.suggested_baseline,
+        }
+
     def _repr_html_(self) -> str:
         kind = f"{self.sparsity:.3g} of the experts active" if self.is_moe else "dense"
+        gate = f"; gate: {html.escape(str(self.gate))}" if self.gate else ""
         head = (
             f"{html.escape(self.name)}: {html.escape(self.architecture)}, {self.total_parameters / 1e9:.2f}B "
-            f"parameters, {self.active_parameters / 1e9:.2f}B active, {kind}"
+            f"parameters, {self.active_parameters / 1e9:.2f}B active, {kind}{gate}"
         )
         return f"<p>{head}</p>{self.frame.to_html(index=False)}"
 
@@ -116,6 +146,8 @@ def inspect(
 ) -> Spec:
     """Read the anatomy of a model from its config; no weights are loaded.
 
+    Quantised checkpoints are described too, although `load` refuses them.
+
     Args:
         name: a hub id, a folder, or ``bundled:tiny-moe``.
 
@@ -124,7 +156,7 @@ def inspect(
         UnsupportedModel: not a causal language model, or a family that cannot be tapped.
     """
     where = source.resolve(name)
-    options = source.Options(revision, local_files_only, trust_remote_code)
+    options = source.reachable(where, source.Options(revision, local_files_only, trust_remote_code))
     config = source.read_config(where, options)
     return spec_of(empty_model(config, trust_remote_code), name=where.name, revision=source.commit(where, revision))
 
@@ -148,22 +180,28 @@ def spec_of(model: nn.Module, *, name: str, revision: str | None = None, sites: 
     """The anatomy of a model that exists already (weights or meta device)."""
     sites = find_sites(model) if sites is None else sites
     config = families.text_config(model.config)
+    moe = [site for site in sites if site.role is Role.MOE]
     total = sum(p.numel() for p in model.parameters())
-    idle = sum((s.n_experts - s.top_k) * s.parameters_per_expert for s in sites if s.role is Role.MOE)
-    norm = getattr(config, "norm_topk_prob", None)
+    idle = sum(s.idle_parameters for s in moe) + sum(map(idle_in_attention, model.modules()))
+    gate = rule_of_router(moe[0].router, first_d_model(config), moe[0].read_router) if moe else None
+    norm = getattr(config, "norm_topk_prob", None) if gate is None else gate.renormalised
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return Spec(
         name=name,
         revision=revision,
         architecture=type(model).__name__,
         model_type=config.model_type,
-        n_layers=families.first_key(config, families.N_LAYER_KEYS) or 0,
+        n_layers=families.n_layers(config) or 0,
         layers=_layer_specs(sites),
         d_model=first_d_model(config),
         vocab_size=config.vocab_size,
         max_positions=families.first_key(config, families.MAX_POSITION_KEYS),
+        gate=gate,
         norm_topk_prob=norm if isinstance(norm, bool) else None,
+        quantisation=source.quantisation(model.config),
         total_parameters=total,
         active_parameters=total - idle,
+        embedding_parameters=sum(p.numel() for p in embedding.parameters()),
     )
 
 

@@ -62,11 +62,21 @@ print(json.dumps({"name": lens.name, "revision": lens.revision, "layers": lens.l
 """
 
 
-def test_the_literal_hub_id_loads_from_a_local_hub_cache(checkpoint, tmp_path):
+NO_NETWORK = {
+    "told to be offline": {"HF_HUB_OFFLINE": "1"},
+    "a hub that does not answer": {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+}
+
+
+@pytest.mark.parametrize("network", NO_NETWORK)
+def test_the_literal_hub_id_loads_from_a_local_hub_cache(checkpoint, tmp_path, network):
+    """Without a network too, and in seconds: the hub client alone would retry every absent file for 23 s."""
     cache = tmp_path / "hub"
     make_hub_cache(cache, "allenai/OLMoE-1B-7B-0125", checkpoint("olmoe"))
-    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1", **NO_NETWORK[network]}
+    done = subprocess.run(
+        [sys.executable, "-c", HUB_SCRIPT], env=environment, capture_output=True, text=True, timeout=90
+    )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout.splitlines()[-1])
     assert got["name"] == "allenai/OLMoE-1B-7B-0125"
@@ -75,6 +85,43 @@ def test_the_literal_hub_id_loads_from_a_local_hub_cache(checkpoint, tmp_path):
     assert got["spec"] == ["allenai/OLMoE-1B-7B-0125", COMMIT, True]
     assert "allenai/OLMoE-1B-7B is published as allenai/OLMoE-1B-7B-0125" in done.stderr
     assert "hf download allenai/Nothing-7B" in got["refused"]
+    said = "the hub does not answer" in done.stderr
+    assert said == (network == "a hub that does not answer")
+
+
+class TestReachable:
+    HUB, FOLDER = source.Source("a/b", "a/b", False), source.Source("a", "a", True)
+
+    @pytest.fixture
+    def asked(self, monkeypatch) -> list[float]:
+        """Every call that reaches for the hub, which then answers."""
+        import huggingface_hub
+
+        calls: list[float] = []
+        session = type("Session", (), {"head": lambda _self, _url, timeout: calls.append(timeout)})()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+        return calls
+
+    def test_a_hub_that_answers_changes_nothing(self, asked):
+        options = source.Options("v1")
+        assert source.reachable(self.HUB, options) == options
+        assert asked == [source.HUB_PATIENCE]
+
+    def test_folders_and_local_files_ask_nobody(self, asked):
+        source.reachable(self.FOLDER, source.Options())
+        source.reachable(self.HUB, source.Options(local_files_only=True))
+        assert asked == []
+
+    def test_silence_means_the_cache_and_a_warning(self, monkeypatch, asked, caplog):
+        import huggingface_hub
+
+        def silent() -> None:
+            raise TimeoutError("timed out")
+
+        monkeypatch.setattr(huggingface_hub, "get_session", silent)
+        assert source.reachable(self.HUB, source.Options("v1")) == source.Options("v1", local_files_only=True)
+        assert "timed out" in caplog.text
 
 
 def test_a_dense_model_is_refused_where_experts_are_needed(lens_of):
@@ -141,6 +188,11 @@ class TestRefusedBeforeWeightsAreRead:
         weights.write_bytes(weights.read_bytes()[:-100])
         refused(ModelNotFound, "model.safetensors.* is damaged: download it again", folder)
 
+    @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 64, b"<html>not found</html>" * 9])
+    def test_safetensors_with_a_garbage_header(self, folder, content):
+        (folder / "model.safetensors").write_bytes(content)
+        refused(ModelNotFound, "model.safetensors.* is damaged: download it again", folder)
+
     def test_missing_weights(self, folder):
         (folder / "model.safetensors").unlink()
         refused(ModelNotFound, "no weights", folder)
@@ -158,9 +210,15 @@ class TestRefusedBeforeWeightsAreRead:
         edit_config(folder, quantization_config={"quant_method": method})
         refused(UnsupportedModel, "dequantise", folder)
 
+    @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+    def test_quantised_experts_by_the_spec_alone(self, folder, method):
+        edit_config(folder, quantization_config={"quant_method": method})
+        with pytest.raises(UnsupportedModel, match=f"{method}.*dequantise"):
+            require_moe(inspect(str(folder)))
+
     def test_a_family_that_cannot_be_tapped(self, folder):
-        transformers.Llama4TextConfig(hidden_size=16, num_hidden_layers=1).save_pretrained(folder)
-        refused(UnsupportedModel, "Llama 4", folder)
+        transformers.DogeConfig(hidden_size=16, num_hidden_layers=1, is_moe=True).save_pretrained(folder)
+        refused(UnsupportedModel, "Doge", folder)
 
     def test_transformers_too_old(self, folder, monkeypatch):
         monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.6.2")

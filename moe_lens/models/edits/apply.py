@@ -1,0 +1,123 @@
+"""Put ablation modes to work on a model: `with lens.edit(...)` around any code that runs it.
+
+1. refuse what the model does not have, then let each mode prepare (clean reference passes)
+2. tap the layers concerned; a hook on the decoder tells the scope what batch is coming
+3. frozen routing: before each forward pass the same inputs run clean, and every layer replays the experts and
+   weights chosen there
+4. on exit, also by an exception, everything is as it was
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from moe_lens.errors import BadConfig
+from moe_lens.models.edits.base import Bound, Mode, check_layers_stay
+from moe_lens.models.edits.record import EditRecord
+from moe_lens.models.edits.scope import Scope
+from moe_lens.models.seam import Edit, Pass, Routing, StopForward, tapping
+from moe_lens.types import Role
+
+if TYPE_CHECKING:
+    from moe_lens.models.edits.scope import Tokens
+    from moe_lens.models.lens import Lens
+
+log = logging.getLogger("moe_lens")
+
+DownstreamRouting = Literal["live", "frozen"]
+ROUTING: tuple[DownstreamRouting, ...] = ("live", "frozen")
+
+
+@contextmanager
+def edit(
+    lens: Lens,
+    modes: Collection[Mode],
+    *,
+    routing: DownstreamRouting = "live",
+    tokens: Tokens | None = None,
+    documents: Collection[int] | None = None,
+    whole_layers: bool = False,
+) -> Iterator[EditRecord]:
+    """See `Lens.edit`."""
+    _check(lens, modes, routing, whole_layers)
+    record, scope = EditRecord(), Scope(tokens, documents)
+    clean: dict[int, Routing] = {}
+    bounds = [Bound(m, lens, scope, record, clean, routing == "frozen", m.prepare(lens)) for m in modes]
+    with ExitStack() as stack:
+        current = Pass()
+        if routing == "frozen":
+            routed = [site for site in lens.sites if site.routed and site.role is Role.MOE]
+            current = stack.enter_context(tapping(lens.model, routed, _ignore, kernel=lens.kernel, edit=_Replay(clean)))
+        for bound in bounds:
+            layers = {expert.layer for expert in bound.mode.experts}
+            sites = [site for site in lens.sites if site.layer in layers and site.role is not Role.SHARED]
+            found = stack.enter_context(tapping(lens.model, sites, _ignore, kernel=lens.kernel, edit=bound))
+            current = current if routing == "frozen" else found
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if current.recording is not None:
+                return
+            if routing == "frozen":
+                clean.clear()
+                clean.update(_clean_pass(module, args, kwargs, current))
+            scope.begin(_inputs(args, kwargs), kwargs, lens.window_documents)
+
+        stack.callback(lens.model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        lens.edit_depth += 1
+        stack.callback(setattr, lens, "edit_depth", lens.edit_depth - 1)
+        yield record
+    if (sentence := record.warning()) is not None:
+        log.warning(sentence)
+
+
+class _Replay(Edit):
+    """Every layer chooses what it chose in the clean pass."""
+
+    def __init__(self, clean: dict[int, Routing]) -> None:
+        self.clean = clean
+
+    def routing(self, routing: Routing) -> Routing:
+        recorded = self.clean[routing.site.layer]
+        return replace(routing, index=recorded.index, weight=recorded.weight)
+
+
+def _clean_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], current: Pass) -> dict[int, Routing]:
+    if kwargs.get("past_key_values") is not None:
+        raise BadConfig(
+            "frozen routing needs the whole text in one pass, so it cannot generate or use a KV cache: "
+            "use routing='live'"
+        )
+    with current.record() as recorded, torch.no_grad(), suppress(StopForward):  # it may want only the first layers
+        module(*args, **{**kwargs, "use_cache": False})
+    return recorded
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    found = next((value for value in given if isinstance(value, torch.Tensor)), None)
+    if found is None:
+        raise BadConfig("the edited model was called without input_ids: give input_ids or inputs_embeds")
+    return found
+
+
+def _ignore(_tap: Any) -> None:
+    """Edits need no tap."""
+
+
+def _check(lens: Lens, modes: Collection[Mode], routing: str, whole_layers: bool) -> None:
+    if not modes:
+        raise BadConfig("lens.edit was given nothing to do: pass at least one mode, such as zero('L0.E1')")
+    for mode in modes:
+        if not isinstance(mode, Mode):
+            raise BadConfig(f"lens.edit takes modes such as zero('L0.E1'), not {mode!r}")
+        mode.check(lens)
+    if routing not in ROUTING:
+        raise BadConfig(f"unknown routing {routing!r}: use live or frozen")
+    check_layers_stay(lens, list(modes), whole_layers)
