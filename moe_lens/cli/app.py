@@ -15,7 +15,7 @@ from typing import NoReturn
 import typer
 
 from moe_lens import __version__
-from moe_lens.cli import demo, inspect, ls, probe
+from moe_lens.cli import demo, doctor, inspect, ls, probe
 from moe_lens.errors import MoELensError, nearest
 
 DEBUG = "MOE_LENS_DEBUG"
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 app.command("inspect", short_help="what a model is made of, from its config")(inspect.inspect)
+app.command("doctor", short_help="does moe-lens see a checkpoint right, and what does it offer")(doctor.doctor)
 app.command("probe", short_help="probe experts' neurons for concepts, beside a dense model")(probe.probe)
 app.command("demo", short_help="the bundled MoE against its dense twin, offline")(demo.demo)
 app.command("ls", short_help="tables of a run, or the runs in a folder")(ls.ls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -18,7 +17,10 @@ def inspect(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Layers, experts, routing rule and sizes of a model, from its configuration alone."""
+    """Layers, experts, gate and sizes of a model, from its configuration alone (no weights are read).
+
+    Active parameters are those that one token uses: everything but the routed experts it does not visit.
+    """
     import moe_lens
     from moe_lens.cli import render
 
@@ -29,6 +31,6 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     if json:
-        render.print_json({**asdict(spec), "is_moe": spec.is_moe, "sparsity": spec.sparsity})
+        render.print_json(spec.to_dict())
     else:
         render.spec(spec)

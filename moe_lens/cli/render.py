@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from moe_lens.cli.plan import ModelPlan, Plan, Shortage
+    from moe_lens.models.doctor import Diagnosis
     from moe_lens.models.spec import Spec
     from moe_lens.probing.result import Probes
 
@@ -85,15 +86,51 @@ def size(n_bytes: float) -> str:
 
 def spec(found: Spec) -> None:
     """The anatomy of one model."""
-    active = f"{found.sparsity:.3g} of the experts active" if found.is_moe else "dense"
-    typer.echo(
-        f"{found.name}: {found.architecture} ({found.model_type}), {count(found.total_parameters)} parameters, "
-        f"{count(found.active_parameters)} active per token, {active}"
-    )
-    rows = [[layers, *map(str, kind)] for layers, kind in _runs_of_layers(found)]
-    table("", [">layers", "kind", ">experts", ">top-k", ">neurons each", ">shared", "gated"], rows)
+    typer.echo(f"{found.name}: {found.architecture} ({found.model_type})")
+    for name, value in _facts(found).items():
+        if value:
+            typer.echo(f"{name + ':':<18} {value}")
+    layers = [[layers, *map(str, kind)] for layers, kind in _runs_of_layers(found)]
+    table("", [">layers", "kind", ">experts", ">top-k", ">neurons each", ">shared", "gated"], layers)
     if found.suggested_baseline:
         typer.echo(f"A dense model to compare with (--baseline): {found.suggested_baseline}")
+
+
+def _facts(found: Spec) -> dict[str, str]:
+    """What holds for the model as a whole, in words."""
+    shared = {entry.shared_d_ff for entry in found.layers if entry.shared_d_ff is not None}
+    entry = next((entry for entry in found.layers if entry.layer in found.moe_layers), None)
+    routed = "none: a dense model"
+    if entry is not None:
+        routed = f"{entry.top_k} of {entry.n_experts} for each token (N_A/N = {found.sparsity:.4g})"
+    norm = {None: "unknown", True: "weights of the chosen experts sum to 1", False: "weights are not renormalised"}
+    return {
+        "parameters": count(found.total_parameters),
+        "active per token": f"{count(found.active_parameters)}, {count(found.embedding_parameters)} of it embedding",
+        "routed experts": routed,
+        "shared experts": f"{'/'.join(map(str, sorted(shared)))} neurons that every token visits" if shared else "",
+        "gate": (str(found.gate) if found.gate else norm[found.norm_topk_prob]) if found.is_moe else "",
+        "context": "" if found.max_positions is None else f"{found.max_positions:,} tokens",
+        "quantisation": "" if found.quantisation is None else f"{found.quantisation} (dequantise before loading)",
+    }
+
+
+def diagnosis(found: Diagnosis) -> None:
+    """Every check with its number, what the checkpoint offers, and the verdict as the last line."""
+    typer.echo(f"{found.name}\n")
+    for name, value in found.capabilities.items():
+        typer.echo(f"{name + ':':<15} {value}")
+    rows = [
+        [str(i), line.check, line.status.value, measured(line.value), measured(line.threshold), line.detail]
+        for i, line in enumerate(found.checks, start=1)
+    ]
+    table("", [">", "check", "status", ">value", ">limit", "what was compared"], rows)
+    typer.echo(found.verdict)
+
+
+def measured(value: float | None) -> str:
+    """A count or a small error: ``0``, ``3``, ``4.2e-07``."""
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:

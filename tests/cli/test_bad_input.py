@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,8 @@ CASES = {
     "an unknown baseline": (["--model", MOE, "--baseline", "bundled:nope"], ["bundled:nope", "bundled:tiny-dense"]),
     "an unknown concept": (["--model", MOE, "--concepts", "is_opertor"], ["is_opertor", "did you mean 'is_operator'"]),
     "a layer out of range": (["--model", MOE, "--layers", "0,7"], ["no layer 7", "0,1"]),
-    "unreadable layers": (["--model", MOE, "--layers", "all"], ["'all'", "0,2,4-6"]),
+    "unreadable layers": (["--model", MOE, "--layers", "all"], ["--layers", "'all'", "0,2,4-6"]),
+    "unreadable k": (["--model", MOE, "--k", "few"], ["--k", "'few'", "0,2,4-6"]),
     "an expert out of range": (["--model", MOE, "--experts", "2,9"], ["no expert 9", "0-5"]),
     "an address out of range": (["--model", MOE, "--experts", "L1.E6"], ["no expert 6", "0-5"]),
     "an address in no layer": (["--model", MOE, "--experts", "L5.E0"], ["no layer 5"]),
@@ -52,7 +55,7 @@ CASES = {
     "a corpus that is not there": (["--model", MOE, "--dataset", "godo.jsonl"], ["godo.jsonl", "good.jsonl"]),
     "an output that is a file": (["--model", MOE, "-o", "good.jsonl"], ["is a file"]),
     "an output with other things": (["--model", MOE, "-o", "notes"], ["no moe-lens run"]),
-    "a bad size": (["--model", MOE, "--max-memory", "4 apples"], ["4 apples", "4GB"]),
+    "a bad size": (["--model", MOE, "--max-memory", "4 apples"], ["--max-memory", "4 apples", "4GB"]),
     "no documents": (["--model", MOE, "--limit", "0"], ["--limit", "greater than or equal to 1"]),
     "a wrong setting in the file": (["--config", "wrong.yaml"], ["cncepts", "did you mean 'concepts'"]),
 }
@@ -93,3 +96,110 @@ def test_a_dense_model_is_welcome_in_inspect(cli: Cli, dense_folder: Path) -> No
     outcome = cli("inspect", dense_folder)
     assert outcome.code == 0
     assert "dense" in outcome.out
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change the config of a checkpoint."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def encoder_decoder(folder: Path) -> None:
+    import transformers
+
+    transformers.T5Config(d_model=16, num_layers=1).save_pretrained(folder)
+
+
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def truncated(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "encoder-decoder": (encoder_decoder, ["encoder-decoder", "give a decoder-only"]),
+    "fp8": (lambda at: edit(at, quantization_config={"quant_method": "fp8"}), ["fp8", "dequantise it to bfloat16"]),
+    "mxfp4": (lambda at: edit(at, quantization_config={"quant_method": "mxfp4"}), ["mxfp4", "dequantise it"]),
+    "no tokenizer": (no_tokenizer, ["has no tokenizer", "tokenizer.json"]),
+    "truncated weights": (truncated, ["model.safetensors", "is damaged: download it again"]),
+    "a web page as weights": (
+        lambda at: (at / "model.safetensors").write_text("<html>404</html>" * 9), ["is damaged: download it again"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["doctor", "probe"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_checkpoint_that_cannot_be_used_is_one_sentence(
+    cli: Cli, moe_folder: Path, text_file: Path, tmp_path: Path, case: str, command: str
+) -> None:
+    damage, expected = BROKEN[case]
+    folder = shutil.copytree(moe_folder, tmp_path / "model")
+    damage(folder)
+    words = ["doctor", "model"] if command == "doctor" else ["probe", "--model", "model", "--dataset", text_file]
+    outcome = cli(*words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    for word in (*expected, "model"):
+        assert word in outcome.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_an_old_transformers_is_named(
+    cli: Cli, moe_folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.6.2")
+    outcome = cli(command, moe_folder)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "moe-lens: transformers 5.6.2 is too old: pip install 'transformers>=5.7'\n"
+
+
+DOCTOR = {
+    "a layer out of range": ("L9.E0", ["no experts in layer 9", "--experts", "0, 1"]),
+    "an expert out of range": ("L0.E99", ["no expert 99", "L0.E0 to L0.E5"]),
+    "an unreadable address": ("L0.E1,nonsense", ["'nonsense'", "L7.E12"]),
+    "a neuron": ("L0.E1.N2", ["is a neuron", "L0.E1"]),
+    "every expert of a layer": (
+        ",".join(f"L1.E{e}" for e in range(6)),
+        ["all 6 experts of layer 1", "leave at least one"],
+    ),
+    "no expert": (",", ["names no expert", "L1.E3,L2.E0"]),
+}
+
+
+@pytest.mark.parametrize("case", DOCTOR)
+def test_experts_that_doctor_cannot_ablate_are_refused_before_loading(
+    cli: Cli, moe_folder: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    import moe_lens
+
+    monkeypatch.setattr(moe_lens, "load", lambda *_args, **_kwargs: pytest.fail("weights were read first"))
+    experts, expected = DOCTOR[case]
+    outcome = cli("doctor", moe_folder, "--experts", experts)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    for word in expected:
+        assert word in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((DENSE,), ["is a dense model", "give a Mixture-of-Experts model"]),
+        ((MOE, "--dtype", "int3"), ["int3", "use bfloat16"]),
+        ((MOE, "--device", "warp"), ["warp", "use cpu"]),
+        ((MOE, "--kernel", "fast"), ["fast", "native"]),
+        (("./none",), ["./none", "check the path"]),
+    ],
+)
+def test_doctor_refuses_what_it_cannot_examine(
+    cli: Cli, moe_folder: Path, dense_folder: Path, words: tuple[str, ...], expected: list[str]
+) -> None:
+    outcome = cli("doctor", *({MOE: str(moe_folder), DENSE: str(dense_folder)}.get(word, word) for word in words))
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    for word in expected:
+        assert word in outcome.err
