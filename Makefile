@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv; a second run finds the stamp file and installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-all check bench notebooks clean
+.PHONY: help install install-dev demo test test-all check bench conformance notebooks clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,9 @@ check: $(VENV)/.stamp-dev ## lint, format and types
 
 bench: $(VENV)/.stamp-dev ## ratios against plain forwards and per-cell scikit-learn fits
 	@$(BIN)/python tests/bench/run.py
+
+conformance: $(VENV)/.stamp-dev ## check every model family and write the table in the README
+	@$(BIN)/python -m tests.conformance.report README.md
 
 notebooks: $(VENV)/.stamp-dev ## run every notebook from top to bottom
 	@if compgen -G "notebooks/*.ipynb" >/dev/null; then $(PYTEST) --nbmake --nbmake-timeout=600 notebooks; \

@@ -75,5 +75,5 @@ def test_an_old_python_is_refused_with_the_fix(tmp_path: Path) -> None:
 
 def test_the_readme_names_targets_that_exist() -> None:
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert named <= {*TARGETS, "install-dev"}
+    assert named <= {*TARGETS, "install-dev", "conformance"}
     assert {"demo", "test-all"} <= named

@@ -51,9 +51,10 @@ def ratio(arm: Callable[[], object], base: Callable[[], object], rounds: int = R
 
 
 def capture_cost(lens: Lens, tokenized, title: str) -> dict[str, float]:
-    """Streamed class moments of all concepts against the same forward passes without capture."""
-    loader = list(batches(tokenized, split=Split.SELECT, tokens_per_batch=4096))[:4]
+    """Streamed class moments of all concepts against the same forward passes without capture, for each kernel."""
+    loader = list(batches(tokenized, split=Split.SELECT, tokens_per_batch=4096))[:1]
     scopes = scope_numbers(tokenized)
+    n = sum(int(b.attention_mask.sum()) for b in loader)
 
     def plain(head: bool) -> None:
         model = lens.model if head else lens.model.base_model
@@ -68,15 +69,20 @@ def capture_cost(lens: Lens, tokenized, title: str) -> dict[str, float]:
         tokens = TokenTable()
         stream(lens, loader, [tokens, ClassMoments(scopes), RowStore(tokens, scopes)], progress=False)
 
-    tapped, base = ratio(captured, lambda: plain(False))
-    rows, _ = ratio(with_rows, lambda: plain(False))
-    whole, head = ratio(captured, lambda: plain(True))
-    n = sum(int(b.attention_mask.sum()) for b in loader)
-    print(f"{title}: {n} tokens, {len(scopes)} concepts, plain forward {n / base:,.0f} tokens/s")
-    print(f"  moments / forward without LM head   {tapped:.3f}")
-    print(f"  moments and rows / the same         {rows:.3f}")
-    print(f"  moments / forward with LM head      {whole:.3f}")
-    return {"moments": tapped, "moments_and_rows": rows, "moments_vs_full_forward": whole, "seconds": head}
+    print(f"{title}: {n} tokens, {len(scopes)} concepts")
+    found: dict[str, float] = {}
+    for kernel in ("grouped_mm", "eager"):
+        lens.model.set_experts_implementation(kernel)
+        tapped, base = ratio(captured, lambda: plain(False))
+        rows, _ = ratio(with_rows, lambda: plain(False))
+        whole, _ = ratio(captured, lambda: plain(True))
+        print(f"  {kernel}: plain forward {n / base:,.0f} tokens/s")
+        print(f"    moments / forward without LM head   {tapped:.3f}")
+        print(f"    moments and rows / the same         {rows:.3f}")
+        print(f"    moments / forward with LM head      {whole:.3f}")
+        found |= {f"{kernel}_moments": tapped, f"{kernel}_moments_and_rows": rows, f"{kernel}_moments_vs_full": whole}
+    lens.model.set_experts_implementation("grouped_mm")
+    return found
 
 
 def wide_model() -> Lens:
@@ -148,8 +154,8 @@ def main() -> None:
     lens, corpus = ml.load("bundled:tiny-moe"), ml.corpus("bundled:")
     tokenized = tokenize(corpus, lens.tokenizer, concepts_for(corpus, None), limit_tokens=60_000)
     results = {"start_up": start_up(), "bundled": capture_cost(lens, tokenized, "bundled:tiny-moe")}
-    source = tokenize(corpus, lens.tokenizer, concepts_for(corpus, ["source58"]), limit_tokens=60_000)
-    results["wide"] = capture_cost(wide_model(), source, "2-layer OLMoE, H 512, 64 experts, top-8, d_ff 256")
+    fifty_eight = tokenize(corpus, lens.tokenizer, concepts_for(corpus, None)[:58], limit_tokens=60_000)
+    results["wide"] = capture_cost(wide_model(), fifty_eight, "2-layer OLMoE, H 512, 64 experts, top-8, d_ff 256")
     results["probing"] = probing_cost(lens, tokenized)
     print(json.dumps(results))
 

@@ -1,6 +1,7 @@
-"""One code path for every family that transformers decorates: bit-equal logits, complete block writes.
+"""One code path for every family that transformers decorates. Each test is a claim about each family.
 
-Tiny random models from config classes. A family joins by one line in `ZOO`.
+The README's table is made from a run of these tests (`report.py`). Tolerances: float32 and bfloat16 logits are
+compared bit for bit, rows with a float64 computation within 1e-4 relative.
 """
 
 from __future__ import annotations
@@ -9,126 +10,170 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from torch import Tensor
 
+import moe_lens
 from moe_lens.models.lens import Lens
-from moe_lens.models.sites import is_experts
 from moe_lens.types import ExpertTap, Role
-from tests.models import tiny
+from tests.conformance.specimen import IMPLEMENTATIONS, Specimen, integer_last
 
-E4 = {"num_experts": 4, "num_experts_per_tok": 2}
-L4 = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MI = {"intermediate_size": 48, "moe_intermediate_size": 24}
-DEEP = {
-    **MI, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
-    "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
-}  # fmt: skip
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
-
-ZOO: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (prefix, keys) for family, (prefix, keys) in tiny.MOE.items()},
-    "flex_olmo": ("FlexOlmo", {"intermediate_size": 24, **E4}),
-    "minimax": ("MiniMax", {"intermediate_size": 24, "head_dim": 16, "block_size": 8, **L4}),
-    "minimax_m2": ("MiniMaxM2", {"intermediate_size": 24, "head_dim": 16, **L4}),
-    "gpt_oss": ("GptOss", {"intermediate_size": 24, "head_dim": 16, **L4}),
-    "deepseek_v2": ("DeepseekV2", {**DEEP, **MLA, "topk_method": "greedy", "head_dim": 8}),
-    "deepseek_v3": ("DeepseekV3", {**DEEP, **MLA, "head_dim": 8}),
-    "glm4_moe": ("Glm4Moe", {**DEEP, "head_dim": 16}),
-    "dots1": ("Dots1", {**DEEP, "head_dim": 16}),
-    "phimoe": ("Phimoe", {"intermediate_size": 24, **L4}),
-    "granitemoe": ("GraniteMoe", {"intermediate_size": 24, "residual_multiplier": 0.5, "logits_scaling": 4.0, **L4}),
-    "granitemoeshared": ("GraniteMoeShared", {"intermediate_size": 24, "shared_intermediate_size": 16, **L4}),
-    "ernie4_5_moe": ("Ernie4_5_Moe", {
-        **MI, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
-        "moe_layer_end_index": 1,
-    }),
-    "hunyuan_v1_moe": ("HunYuanMoEV1", {"intermediate_size": 24, "num_experts": 4, "moe_topk": 2, "head_dim": 16}),
-    "lfm2_moe": ("Lfm2Moe", {
-        **MI, **E4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "use_expert_bias": True,
-    }),
-    "qwen3_next": ("Qwen3Next", {
-        **MI, **E4, "shared_expert_intermediate_size": 16, "head_dim": 16, "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "layer_types": ["linear_attention", "full_attention"],
-    }),
-    "solar_open": ("SolarOpen", {**DEEP, "head_dim": 16}),
-    "jamba": ("Jamba", {
-        "intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 1,
-        "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False,
-        "mamba_d_state": 4, "mamba_dt_rank": 4,
-    }),
-}  # fmt: skip
-
-BIASED = {"deepseek_v3", "glm4_moe", "dots1", "solar_open", "minimax_m2", "lfm2_moe", "ernie4_5_moe"}
+EXPERTS = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+WIDTH = ("moe_intermediate_size", "intermediate_size")
 
 
-@pytest.fixture(scope="module", params=list(ZOO))
-def model(request) -> Any:
-    prefix, keys = ZOO[request.param]
-    config_class = getattr(transformers, f"{prefix}Config", None)
-    if config_class is None:
-        pytest.skip(f"this transformers has no {prefix}")
-    torch.manual_seed(0)
-    config = config_class(**{**tiny.COMMON, **keys})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    tiny.enliven(model)
-    for name, buffer in model.named_buffers():
-        if "correction_bias" in name or "expert_bias" in name:
-            buffer.normal_(0, 0.1)
-    return model.float().eval()
+class Interrupted(Exception):
+    """What a user's code may raise."""
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids(2, 8), use_cache=False).logits
+def test_inspect_says_what_the_config_says(specimen: Specimen):
+    spec, family = moe_lens.inspect(str(specimen.folder)), specimen.family
+    assert spec.moe_layers == family.sparse
+    assert spec.dense_layers == family.dense
+    for layer in family.sparse:
+        entry = spec.at(layer)
+        assert entry is not None
+        assert entry.n_experts == family.expected(*EXPERTS)
+        assert entry.top_k == family.expected(*TOP_K)
+        assert entry.d_ff == family.expected(*WIDTH)
+        assert entry.shared_d_ff == family.shared
+        assert entry.gated == (family.prefix != "NemotronH")
+    for layer in family.dense:
+        entry = spec.at(layer)
+        assert entry is not None
+        assert (entry.n_experts, entry.top_k, entry.shared_d_ff) == (1, 1, None)
+        assert entry.d_ff == next(
+            getattr(family.text_config, name)
+            for name in ("dense_intermediate_size", "prefix_dense_intermediate_size", "intermediate_size")
+            if getattr(family.text_config, name, None)
+        )
+    assert spec.total_parameters > spec.active_parameters > 0
+    assert spec.layers == specimen.lens.spec.layers
 
 
-@pytest.mark.parametrize("native", ["grouped_mm", "eager"])
-def test_tapped_logits_are_bit_equal_to_native(model, native):
-    model.set_experts_implementation(native)
-    lens, taps = Lens(model, None), []
-    clean = logits(model)
-    with lens.tapping(taps.append):
-        assert torch.equal(logits(model), clean)
-    assert torch.equal(logits(model), clean)
-    assert model.get_experts_implementation()[""] == native
-    routed = [tap for tap in taps if tap.role is Role.MOE]
-    n_modules = sum(is_experts(module) for module in model.modules())
-    assert len(routed) == n_modules == len(lens.spec.moe_layers)
-    for tap in routed:
-        entry = lens.spec.at(tap.layer)
-        assert (tap.n_experts, tap.d_ff) == (entry.n_experts, entry.d_ff)
-        assert len(tap.token) == 16 * entry.top_k
-        assert tap.router_logits.shape == (16, entry.n_experts)
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_tapped_logits_are_bit_equal_to_native(specimen: Specimen, native: str):
+    run = specimen.observe(native)
+    assert run.clean.isfinite().all()
+    assert torch.equal(run.tapped, run.clean)
+    assert set(run.of(Role.MOE)) == set(specimen.family.sparse)
+    assert set(run.of(Role.DENSE)) == set(specimen.family.dense)
 
 
-def test_weighted_outputs_sum_to_what_the_experts_return(model):
-    model.set_experts_implementation("grouped_mm")
-    lens, taps, returned = Lens(model, None), [], {}
-    sites = [site for site in lens.sites if site.role is Role.MOE]
-    handles = [
-        s.module.register_forward_hook(lambda _m, _a, out, k=s.layer: returned.__setitem__(k, out)) for s in sites
-    ]
-    with lens.tapping(taps.append, roles=[Role.MOE]):
-        logits(model)
-    for handle in handles:
-        handle.remove()
-    for tap in taps:
-        total = torch.zeros_like(returned[tap.layer])
-        total.index_add_(0, tap.token, (tap.weight[:, None] * tap.output).to(total.dtype))
-        torch.testing.assert_close(total, returned[tap.layer], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_tapped_bfloat16_logits_are_bit_equal_to_native(specimen: Specimen, native: str):
+    lens = specimen.bfloat16
+    lens.model.set_experts_implementation(native)
+    clean = specimen.logits(lens)
+    with lens.tapping(lambda tap: None):
+        tapped = specimen.logits(lens)
+    assert clean.isfinite().all()
+    assert torch.equal(tapped, clean)
 
 
-def test_router_logits_explain_the_choice(model):
-    """Without a selection bias or groups, the chosen experts are those with the largest logits."""
-    if model.config.model_type in BIASED:
-        pytest.skip("selects by logits plus a bias, or in groups")
-    taps: list[ExpertTap] = []
-    with Lens(model, None).tapping(taps.append, roles=[Role.MOE]):
-        logits(model)
-    for tap in taps:
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_rows_equal_a_row_by_row_computation(specimen: Specimen, native: str):
+    run = specimen.observe(native)
+    with specimen.set_to("eager"), torch.no_grad():
+        for site in specimen.sites:
+            tap, seen = run.of(Role.MOE)[site.layer], run.seen[site.layer]
+            pairs = list(zip(tap.token.tolist(), tap.expert.tolist(), strict=True))
+            activation = torch.stack([specimen.by_hand(site, seen.x[token], expert) for token, expert in pairs])
+            output = torch.stack([specimen.one_row(site, seen.x[token], expert) for token, expert in pairs])
+            torch.testing.assert_close(tap.activation.double(), activation, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tap.output, output, rtol=1e-4, atol=1e-5)
+            assert len(pairs) == seen.index.numel()
+
+
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_weighted_outputs_and_shared_expert_sum_to_the_block(specimen: Specimen, native: str):
+    """Where the block does more than add (a norm, a projection), its input there is what must be met."""
+    run = specimen.observe(native)
+    for site in specimen.sites:
+        seen = run.seen[site.layer]
+        routed = weighted_sum(run.of(Role.MOE)[site.layer], seen.routed)
+        torch.testing.assert_close(routed, seen.routed, rtol=1e-4, atol=1e-5)
+        total = routed * site.block_scale
+        if not specimen.family.shared_apart:
+            total = total + shared_part(specimen, run, site.layer, total)
+        torch.testing.assert_close(total, seen.block, rtol=1e-4, atol=1e-5)
+    assert set(run.of(Role.SHARED)) == (set(specimen.family.sparse) if specimen.family.shared else set())
+
+
+def weighted_sum(tap: ExpertTap, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_add_(0, tap.token, (tap.weight[:, None] * tap.output).to(like.dtype))
+
+
+def shared_part(specimen: Specimen, run: Any, layer: int, like: Tensor) -> Tensor:
+    """The shared expert's contribution from its tap, checked against its module."""
+    seen, tap = run.seen[layer], run.of(Role.SHARED).get(layer)
+    if tap is None:
+        return torch.zeros_like(like) if seen.shared is None else seen.shared
+    torch.testing.assert_close(tap.output, seen.shared, rtol=1e-5, atol=1e-6)
+    site = next(s for s in specimen.lens.sites if s.role is Role.SHARED and s.layer == layer)
+    return weighted_sum(tap, like) * site.block_scale
+
+
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_routing_is_what_the_router_returned(specimen: Specimen, native: str):
+    run = specimen.observe(native)
+    for layer, tap in run.of(Role.MOE).items():
+        seen = run.seen[layer]
+        logits, weight, index = integer_last(seen.router)
+        assert torch.equal(seen.index, index)
+        assert torch.equal(index[tap.token, tap.slot], tap.expert)
+        assert torch.equal(weight[tap.token, tap.slot], tap.weight)
+        assert len(set(zip(tap.token.tolist(), tap.slot.tolist(), strict=True))) == index.numel() == len(tap.token)
+        assert tap.router_logits is not None
+        if specimen.name.startswith("gemma4"):  # its router returns probabilities
+            logits = logits.log()
+        assert torch.equal(tap.router_logits, logits)
+
+
+def test_router_logits_explain_the_choice(specimen: Specimen):
+    """They are raw logits: the largest are chosen, unless something else than logits has a say."""
+    differs = False
+    for tap in specimen.observe("grouped_mm").of(Role.MOE).values():
+        assert tap.router_logits is not None
+        assert (tap.router_logits < 0).any()  # not probabilities
         top_k = len(tap.token) // tap.n_tokens
-        best = tap.router_logits.topk(top_k, dim=-1).indices
-        chosen = torch.zeros_like(tap.router_logits, dtype=torch.bool)
+        chosen = torch.zeros(tap.router_logits.shape, dtype=torch.bool)
         chosen[tap.token, tap.expert] = True
-        assert chosen.gather(1, best).float().mean() > 0.95
+        best = tap.router_logits.topk(top_k, dim=-1).indices
+        differs = differs or not bool(chosen.gather(1, best).all())
+    assert differs == specimen.family.biased
+
+
+@pytest.mark.parametrize("native", IMPLEMENTATIONS)
+def test_everything_is_restored_after_exit_and_after_an_exception(specimen: Specimen, native: str):
+    run = specimen.observe(native)
+    assert torch.equal(run.after, run.clean)
+    with specimen.set_to(native):
+        state = fingerprint(specimen.lens)
+        with pytest.raises(Interrupted):
+            run_and_interrupt(specimen)
+        assert fingerprint(specimen.lens) == state
+
+        def fail(tap: ExpertTap) -> None:
+            raise Interrupted
+
+        with pytest.raises(Interrupted), specimen.lens.tapping(fail):
+            specimen.logits()
+        assert fingerprint(specimen.lens) == state
+        assert specimen.model.get_experts_implementation()[""] == native
+        assert torch.equal(specimen.logits(), run.clean)
+
+
+def run_and_interrupt(specimen: Specimen) -> None:
+    with specimen.lens.tapping(lambda tap: None):
+        specimen.logits()
+        raise Interrupted
+
+
+def fingerprint(lens: Lens) -> list[Any]:
+    """Attribute names, hooks and settings of every module."""
+    marks = [
+        (name, sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in lens.model.named_modules()
+    ]
+    return [*marks, lens.model.get_experts_implementation(), str(lens.model.config)]
