@@ -27,6 +27,7 @@ _LAZY = {
     "open_run": "moe_lens.capture.run",
     "Run": "moe_lens.capture.run",
     "probe": "moe_lens.probing.probe",
+    "read_published": "moe_lens.probing.published",
     "Probes": "moe_lens.probing.probe",
 }
 
@@ -34,15 +35,29 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run, capture, open_run
     from moe_lens.corpus.concepts import Concept, concept
     from moe_lens.corpus.text import Corpus, corpus
+    from moe_lens.models import edits
     from moe_lens.models.doctor import Diagnosis, doctor
+    from moe_lens.models.edits import (
+        drop_renorm,
+        mask_refill,
+        mask_refill_keep,
+        mean,
+        mean_off,
+        noise,
+        resample,
+        swap,
+        zero,
+    )
     from moe_lens.models.lens import Lens
     from moe_lens.models.load import load
     from moe_lens.models.spec import Spec, inspect
     from moe_lens.probing.probe import Probes, probe
+    from moe_lens.probing.published import read_published
 
 __all__ = [
     "Concept", "Corpus", "Diagnosis", "Lens", "Probes", "Run", "Spec", "__version__", "capture", "concept", "corpus",
-    "doctor", "inspect", "load", "open_run", "probe",
+    "doctor", "drop_renorm", "edits", "inspect", "load", "mask_refill", "mask_refill_keep", "mean", "mean_off", "noise",
+    "open_run", "probe", "read_published", "resample", "swap", "zero",
 ]  # fmt: skip
 
 

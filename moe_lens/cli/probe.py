@@ -24,17 +24,30 @@ if TYPE_CHECKING:
     from moe_lens.probing.probe import Probes
 
 
+Published = Annotated[
+    list[Path] | None,
+    typer.Option("--from-published", metavar="FILE...", help="released probing tables to check instead; no --model"),
+]
+MoreFiles = Annotated[list[Path] | None, typer.Argument(metavar="FILE", hidden=True)]
+"""The rest of ``--from-published a b c``, which an option cannot take."""
+
+
 @options_of(ProbeConfig)
 def probe(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what a run would need, and stop")] = False,
+    from_published: Published = None,
+    more: MoreFiles = None,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Probe the neurons of every expert for concepts, and compare with a baseline model."""
-    from moe_lens.cli import render
+    from moe_lens.cli import published, render
 
+    if from_published or more:
+        published.show(from_published, more, {"config": config, "dry_run": dry_run, **flags}, json=json)
+        return
     settings = ProbeConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
     if not dry_run and settings.output is None:
         name = settings.model.rstrip("/").split("/")[-1].replace(":", "-")

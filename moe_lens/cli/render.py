@@ -15,11 +15,25 @@ if TYPE_CHECKING:
     from moe_lens.cli.plan import ModelPlan, Plan, Shortage
     from moe_lens.models.doctor import Diagnosis
     from moe_lens.models.spec import Spec
+    from moe_lens.probing.published import Published
     from moe_lens.probing.result import Probes
 
 WIDTH = 100
 """Columns when stdout is no terminal."""
-ARMS = {"raw": "raw: best cell by its own test score", "held_out": "held out: cell chosen on other documents"}
+ARMS = {
+    "raw": "raw: best by its own test score",
+    "homogeneous": "search: best of cells all alike",
+    "held_out": "held out: chosen on other text",
+    "equal_random_tokens": "equal cells and tokens",
+    "equal_router_tokens": "equal cells, the router's tokens",
+    "routing_only": "routing alone, no neuron",
+    "whole_population": "neuron on top of routing",
+    "null": "labels exchanged",
+}
+ARMS_NOTE = (
+    "search: expected best cell if all cells of a model had its pooled rates; routing: yes where a token visits the "
+    "chosen expert, over all tokens, so compare its AUROC and not its F1 with the rest; always: a probe that says yes"
+)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -220,7 +234,7 @@ def arms(probes: Probes, *, metric: str = "f1") -> None:
             [ARMS.get(str(r.arm), str(r.arm)), number(r.moe), interval(r.moe_low, r.moe_high), number(r.chance_moe)]
             for r in found.itertuples()
         ]
-        table(title, ["cells", ">MoE", ">95 % interval", ">always"], rows)
+        table(title, ["cells", ">MoE", ">95 % interval", ">always"], rows, note=ARMS_NOTE)
         return
     rows = [
         [
@@ -235,7 +249,8 @@ def arms(probes: Probes, *, metric: str = "f1") -> None:
         ]
         for r in found.itertuples()
     ]
-    table(title, ["cells", ">MoE", ">always", ">baseline", ">always", ">gap", ">95 % interval"], rows)
+    names = ["cells", ">MoE", ">always", ">baseline", ">always", ">gap", ">95 % interval"]
+    table(title, names, rows, note=ARMS_NOTE)
 
 
 def interval(low: Any, high: Any) -> str:
@@ -319,3 +334,23 @@ def _where(shortage: Shortage) -> str:
 def _span(layers: Sequence[int]) -> str:
     gapless = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if gapless else ",".join(map(str, layers))
+
+
+def published(tables: Published, *, k: int) -> None:
+    """Released tables: one row a model, the raw score beside the controls that need no better neuron."""
+    found = tables.controls(k=k)
+    scores = ["raw", "always_positive", "f1_balanced", "one_expert", "homogeneous", "typical_cell"]
+    rows = [
+        [r["model"], f"{r['n_cells']:,}", f"{r['n_test_median']:.0f}", *(number(r[name], 4) for name in scores)]
+        for r in found.to_dict("records")
+    ]
+    low, high = found["n_concepts"].min(), found["n_concepts"].max()
+    concepts = f"{low}" if low == high else f"{low} to {high}"
+    table(
+        f"Best k={k} probe over cells, mean F1 over {concepts} concepts",
+        ["model", ">cells", ">tokens", ">raw", ">always", ">balanced", ">1/layer", ">search", ">typical"],
+        rows,
+        note="tokens: test set of the median cell; always: a probe with no neuron that says yes; balanced: every cell "
+        "at prevalence 1/2; 1/layer: one random expert a layer; search: raw explained by search, expected if all cells "
+        "of a model were alike; typical: mean over cells in place of the best",
+    )
