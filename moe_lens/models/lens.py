@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_lens.errors import BadCorpus, OutOfRange
+from moe_lens.errors import BadConfig, BadCorpus, OutOfRange
 from moe_lens.models.seam import Edit, Kernel, OnTap, StopForward, tapping
 from moe_lens.models.sites import Site, decoder_layers, find_sites
 from moe_lens.models.spec import Spec, spec_of
@@ -67,8 +67,6 @@ class Lens:
         self.name: str = name or getattr(model.config, "name_or_path", "") or type(model).__name__  # type: ignore[union-attr]
         self.revision = revision
         self.kernel: Kernel = kernel
-        self.edit_depth = 0
-        """Number of open `edit` blocks."""
         self.window_documents: Int[Tensor, "window"] | None = None
         """Document of each window of the batch that is running, when we run it."""
         self.spec: Spec = spec_of(model, name=self.name, revision=revision, sites=self.sites)
@@ -200,9 +198,10 @@ class Lens:
                 noise, and `moe_lens.edits.patch` (METRICS 2.3). Applied in order.
             routing: "live" lets later layers choose their experts anew; "frozen" replays the choice and the weights
                 of a clean pass over the same inputs (two passes, no KV cache), so that what an edit does by
-                re-routing is live minus frozen.
+                re-routing is live minus frozen. A frozen block does not nest.
             tokens: only these tokens: a mask of the batch's shape, or a function of its `input_ids`. None means all.
-            documents: only these: index among the texts of `loss`, `TokenBatch.document`, else row of the batch.
+            documents: only these: index among the texts of `loss`, `TokenBatch.document`, else row of the batch (in
+                `generate`, after its expansion by beams and samples).
             whole_layers: allow naming every expert of a layer.
 
         Yields:
@@ -223,8 +222,10 @@ class Lens:
 
     @property
     def is_edited(self) -> bool:
-        """Whether an `edit` block is open."""
-        return self.edit_depth > 0
+        """Whether an `edit` block is open on this model."""
+        from moe_lens.models.edits.apply import MARK
+
+        return MARK in vars(self.model)
 
     def reference(
         self,
@@ -298,10 +299,16 @@ class Lens:
     def windows(
         self, texts: str | Sequence[str] | TokenBatch
     ) -> Iterator[tuple[Int[Tensor, "window"], Int[Tensor, "window seq"], Int[Tensor, "window seq"]]]:
-        """Document numbers, token ids and attention mask of texts, cut into windows that fit the context."""
+        """Document numbers, token ids and attention mask of texts, cut into windows that fit the context.
+
+        Raises:
+            BadConfig: texts, but no tokenizer.
+        """
         if isinstance(texts, TokenBatch):
             yield texts.document, texts.input_ids.to(self.device), texts.attention_mask.to(self.device)
             return
+        if self.tokenizer is None:
+            raise BadConfig("this lens has no tokenizer: give token ids in a TokenBatch, or Lens(model, tokenizer)")
         width = self.spec.max_positions or 2048
         for number, text in enumerate([texts] if isinstance(texts, str) else texts):
             ids = torch.tensor([self.tokenizer(text, verbose=False)["input_ids"]], dtype=torch.long, device=self.device)

@@ -229,9 +229,13 @@ class ExpertHandle(_Handle):
 
     @property
     def weight(self) -> Float[Tensor, "row"]:
-        """Router weight of each row as the model applies it. Set it by `expert_weights` of the layer."""
+        """Router weight of each row as the model applies it; a copy. Set it by `expert_weights` of the layer."""
         visits, rows, _ = self._visits("weight")
         return visits.weight[rows]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise BadConfig(f"{self.name}.weight is a copy: set lens.at('L{self.site.layer}').expert_weights instead")
 
     def _get(self, value: str, point: str) -> Tensor:
         offer, window = self._offer(value, point)
@@ -294,6 +298,12 @@ class LayerHandle(_Handle):
         if logits is None:
             raise UnsupportedModel(f"the router of {self.name} was not found: use expert_indices and expert_weights")
         return logits[self._tokens(logits)]
+
+    @router_logits.setter
+    def router_logits(self, value: Any) -> None:
+        raise BadConfig(
+            f"{self.name}.router_logits is a copy, and the choice is made already: set expert_indices or expert_weights"
+        )
 
     @property
     def expert_indices(self) -> Int[Tensor, "token slot"]:

@@ -182,8 +182,15 @@ def _batches(lens: Lens, texts: Texts) -> Iterator[TokenBatch]:
     if isinstance(texts, TokenBatch):
         yield texts
         return
-    items = [texts] if isinstance(texts, str) else texts
+    if isinstance(texts, str) and texts.startswith("bundled:"):
+        raise BadConfig(f"a reference is text, and {texts!r} names a corpus: give ml.corpus({texts!r})")
+    documents = getattr(texts, "documents", None)
+    items: Any = [texts] if isinstance(texts, str) else texts if documents is None else [d.text for d in documents]
+    if not isinstance(items, Iterable):
+        raise BadConfig(f"a reference is a text, a list of texts, a corpus or batches, not {texts!r}")
     for number, item in enumerate(items):
+        if not isinstance(item, str | TokenBatch):
+            raise BadConfig(f"a reference is a text, a list of texts, a corpus or batches; {item!r} is none of them")
         if isinstance(item, TokenBatch):
             yield item
             continue

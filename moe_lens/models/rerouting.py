@@ -38,9 +38,9 @@ EXPERT_SCALE = "per_expert_scale"
 RULES = {
     "softmax": lambda a: a,
     "sigmoid": F.logsigmoid,
-    "sqrtsoftplus": lambda a: F.softplus(a).clamp(min=torch.finfo(a.dtype).tiny).log() / 2,
+    "sqrt(softplus)": lambda a: F.softplus(a).clamp(min=torch.finfo(a.dtype).tiny).log() / 2,
 }
-"""Log score of a logit, up to a constant of the token: the weight of an expert is proportional to it."""
+"""Log score of a logit, up to a constant of the token (names as in `gates.SCORES`): weights are proportional to it."""
 
 _LINEAR = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _TOPK = (torch.topk, Tensor.topk)
@@ -111,50 +111,37 @@ def route_without(
 
 
 def score_rule(routing: Routing) -> str:
-    """Which of `RULES` turns the logits of `routing` into weights, read from the numbers.
+    """Which of `RULES` turns the logits of `routing` into weights, read from the numbers: the one that fits best.
 
-    With one expert per token the weight itself tells a probability from a sigmoid; if it is always 1, the
-    config's scoring function decides, softmax where it is silent.
+    For routers that `gates.rule_of_router` cannot try alone. Few tokens can fit several rules.
 
     Raises:
-        UnsupportedModel: none of them does (Phi-MoE's sparse mixer).
+        UnsupportedModel: none of them does (Phi-MoE's sparse mixer), or with one expert per token none can be told.
     """
     assert routing.logits is not None
     chosen = routing.logits.double().gather(1, routing.index)
     weight = _unscaled(routing).double()
     usable = (weight > 0).all(dim=1)
-    chosen, weight = chosen[usable], weight[usable]
-    tolerance = 1e-3 if torch.finfo(routing.logits.dtype).bits == 32 == torch.finfo(routing.weight.dtype).bits else 0.05
-    if routing.index.shape[1] == 1:
-        return _rule_of_one(routing, chosen, weight, usable, tolerance)
+    chosen, log_weight = chosen[usable], weight[usable].log()
+    is_full = torch.finfo(routing.logits.dtype).bits == 32 == torch.finfo(routing.weight.dtype).bits
+    errors = {}
     for name, log_score in RULES.items():
-        error = (weight.log() - weight[:, :1].log()) - (log_score(chosen) - log_score(chosen[:, :1]))
-        if not len(error) or error.abs().max() < tolerance:
-            return name
-    raise UnsupportedModel(
-        f"{type(routing.site.router).__name__} does not weight experts in proportion to a score of their logits, "
-        "so mask_refill_keep is not defined for it: use mask_refill or zero"
-    )
-
-
-def _rule_of_one(routing: Routing, chosen: Tensor, weight: Tensor, usable: Tensor, tolerance: float) -> str:
-    assert routing.logits is not None
-    stated = str(getattr(getattr(routing.site.router, "config", None), "scoring_func", "softmax"))
-    if not len(weight) or (weight - weight[0]).abs().max() < 1e-6:
-        return stated if stated in RULES else "softmax"
-    log_norm = routing.logits.double()[usable].logsumexp(dim=1, keepdim=True)
-    for name, offset in (("softmax", log_norm), ("sigmoid", 0.0), ("sqrtsoftplus", 0.0)):
-        error = weight.log() - RULES[name](chosen) + offset
-        if (error - error[0]).abs().max() < tolerance:  # a constant is the family's scaling factor
-            return name
-    raise UnsupportedModel(
-        f"{type(routing.site.router).__name__} weights its one expert by an unknown rule, so mask_refill_keep is not "
-        "defined for it: use mask_refill or zero"
-    )
+        error = (log_weight - log_weight[:, :1]) - (log_score(chosen) - log_score(chosen[:, :1]))
+        errors[name] = float(error.abs().max()) if error.numel() else 0.0
+    best = min(errors, key=errors.__getitem__)
+    if routing.index.shape[1] == 1 or errors[best] > (1e-3 if is_full else 0.05):
+        raise UnsupportedModel(
+            f"{type(routing.site.router).__name__} does not weight experts in proportion to a score of their logits, "
+            "so mask_refill_keep is not defined for it: use mask_refill or zero"
+        )
+    return best
 
 
 def keep_gates(
-    routing: Routing, removed: Bool[Tensor, "token expert"], refilled: Int[Tensor, "token slot"]
+    routing: Routing,
+    removed: Bool[Tensor, "token expert"],
+    refilled: Int[Tensor, "token slot"],
+    rule: str | None = None,
 ) -> tuple[Int[Tensor, "token slot"], Float[Tensor, "token slot"]]:
     """Survivors keep slot and weight bit for bit; replacements get their clean score over the clean denominator.
 
@@ -163,6 +150,7 @@ def keep_gates(
 
     Args:
         refilled: the experts that the router chooses without `removed` (from `route_without`), in any order.
+        rule: one of `RULES`; None reads it from this batch.
 
     Returns:
         Experts and weights; a slot without a replacement keeps its expert with weight 0.
@@ -180,7 +168,7 @@ def keep_gates(
     replacement = refilled.gather(1, match.int().argmax(dim=2))
     index = torch.where(found, replacement, routing.index)
 
-    log_score = RULES[score_rule(routing)]
+    log_score = RULES[rule or score_rule(routing)]
     logits, base = routing.logits.double(), _unscaled(routing).double()
     anchor = base.argmax(dim=1, keepdim=True)  # the heaviest clean expert: best-conditioned ratio
     ratio = log_score(logits.gather(1, index)) - log_score(logits.gather(1, routing.index.gather(1, anchor)))

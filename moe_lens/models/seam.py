@@ -64,6 +64,8 @@ class Routing:
     """Arguments of the router's call, so that an edit can ask it again."""
     removed: Bool[Tensor, "token expert"] | None = None
     """Experts that outer edits took out of the choice; inner edits keep them out."""
+    changed: tuple[str, ...] = ()
+    """Modes of the edits that changed `index` or `weight` already, outermost first."""
 
 
 class Edit:
@@ -148,7 +150,7 @@ def tapping(
     """
     routed = [site for site in sites if site.routed]
     with ExitStack() as stack:
-        current = Pass()
+        current = _pass_under_way(model) or Pass()
         if routed:
             current = _switch(model, routed[0].module, kernel, stack)
             for site in routed:
@@ -157,6 +159,12 @@ def tapping(
             if not site.routed:
                 dense.attach(site, on_tap, edit, stack, current)
         yield current
+
+
+def _pass_under_way(model: nn.Module) -> Pass | None:
+    """The state of the enclosing `tapping` block of routed sites, if there is one."""
+    seats = (vars(module).get("_moe_lens") for module in model.modules())
+    return next((seat.current for seat in seats if seat is not None), None)
 
 
 def require_transformers() -> None:
@@ -218,7 +226,7 @@ def _switch(model: nn.Module, experts: nn.Module, kernel: Kernel, stack: ExitSta
         return seat.current
     if is_experts(experts):
         previous = model.get_experts_implementation()  # type: ignore[operator]
-        stack.callback(model.set_experts_implementation, previous)  # type: ignore[arg-type]
+        stack.callback(_switch_back, model, experts, previous)
         model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
         if experts.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
             raise UnsupportedModel(
@@ -233,6 +241,15 @@ def _switch(model: nn.Module, experts: nn.Module, kernel: Kernel, stack: ExitSta
         if is_adapted:
             replace_forward(module, _adapted_forward, stack)
     return current
+
+
+def _switch_back(model: nn.Module, experts: nn.Module, previous: Any) -> None:
+    if experts.config._experts_implementation != IMPLEMENTATION:  # type: ignore[union-attr]
+        log.warning(
+            "the experts implementation of the model was changed inside the block, after which nothing was tapped or "
+            "edited: set it before the block"
+        )
+    model.set_experts_implementation(previous)  # type: ignore[operator]
 
 
 def _attach(site: Site, session: Session, stack: ExitStack) -> None:

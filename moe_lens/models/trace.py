@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_lens.errors import BadCorpus, OutOfRange, UnknownConcept, UnsupportedModel, nearest
+from moe_lens.errors import BadConfig, BadCorpus, OutOfRange, UnknownConcept, UnsupportedModel, nearest
 from moe_lens.models import chat, families, norms
 from moe_lens.models.spans import Span, decode_reply, encode, mark_reply, spans_of
 from moe_lens.types import ExpertAddress, ExpertTap, Role
@@ -54,8 +54,8 @@ class Trace:
 
     text: str
     """As given; of messages, what the chat template makes of them and then what was generated."""
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...] = field(repr=False)
+    tokens: tuple[str, ...] = field(repr=False)
     n_prompt: int
     """Tokens of the text; later ones were generated."""
     taps: tuple[ExpertTap, ...] = field(repr=False)
@@ -280,6 +280,8 @@ def trace(lens: Lens, text: str | Messages, *, layers: Sequence[int] | None, gen
     if not isinstance(generate, int) or generate < 0:
         raise OutOfRange(f"generate is {generate!r}: give the number of tokens to generate, 0 or more")
     chosen = lens.check_layers(layers)
+    if lens.tokenizer is None:
+        raise BadConfig("this lens has no tokenizer to read text with: make it as Lens(model, tokenizer)")
     conversation = None
     if isinstance(text, str):
         prompt = list(lens.tokenizer(text, verbose=False)["input_ids"])

@@ -101,7 +101,7 @@ class Collector:
         key, self.n_tests = (match[2].split("-")[0], claim), self.n_tests + 1
         self.cells[key] = max(self.cells.get(key, "passed"), report.outcome, key=_RANK.__getitem__)
         if report.outcome == "skipped":
-            self.reasons[report.longrepr[2].removeprefix("Skipped: ")].add(claim)
+            self.reasons[report.longrepr[2].removeprefix("Skipped: ")].add(FAMILIES[key[0]].title)
 
 
 def table(collector: Collector) -> str:
@@ -120,9 +120,13 @@ def table(collector: Collector) -> str:
         lines.append("| " + " | ".join([family.title, *(_WORD[o] if o else "" for o in outcomes)]) + " |")
     lines += ["", *(f"- **{head}**: {sentence}" for head, sentence, _ in CLAIMS.values())]
     if collector.reasons:
-        lines += ["- **n/a**: " + "; ".join(sorted(collector.reasons))]
+        lines += [f"- **n/a** for {_listed(names)}: {reason}" for reason, names in sorted(collector.reasons.items())]
     lines += [f"- {family.title}: {family.note}" for family in FAMILIES.values() if family.note]
     return "\n".join([*lines, END])
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) if len(names) <= 3 else f"{len(names)} families"
 
 
 def rewrite(text: str, block: str) -> str:

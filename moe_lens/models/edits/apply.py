@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("moe_lens")
 
 DownstreamRouting = Literal["live", "frozen"]
+MARK = "_moe_lens_edits"
+"""Attribute of a model that says which `routing` each open block has, outermost first."""
 ROUTING: tuple[DownstreamRouting, ...] = ("live", "frozen")
 
 
@@ -46,14 +48,16 @@ def edit(
     whole_layers: bool = False,
 ) -> Iterator[EditRecord]:
     """See `Lens.edit`."""
+    routed = [site for site in lens.sites if site.routed and site.role is Role.MOE]
+    if not routed:  # a dense model has no routing to freeze
+        routing = "live" if routing == "frozen" else routing
     _check(lens, modes, routing, whole_layers)
     record, scope = EditRecord(), Scope(tokens, documents)
     clean: dict[int, Routing] = {}
-    bounds = [Bound(m, lens, scope, record, clean, routing == "frozen", m.prepare(lens)) for m in modes]
+    bounds = [Bound(m, lens, scope, record, clean, routing == "frozen", m.prepare(lens, record)) for m in modes]
     with ExitStack() as stack:
         current = Pass()
         if routing == "frozen":
-            routed = [site for site in lens.sites if site.routed and site.role is Role.MOE]
             current = stack.enter_context(tapping(lens.model, routed, _ignore, kernel=lens.kernel, edit=_Replay(clean)))
         for bound in bounds:
             layers = {expert.layer for expert in bound.mode.experts}
@@ -70,11 +74,26 @@ def edit(
             scope.begin(_inputs(args, kwargs), kwargs, lens.window_documents)
 
         stack.callback(lens.model.base_model.register_forward_pre_hook(before, with_kwargs=True).remove)
-        lens.edit_depth += 1
-        stack.callback(setattr, lens, "edit_depth", lens.edit_depth - 1)
+        stack.enter_context(_marked(lens.model, routing))
         yield record
+    if missed := sorted(set(documents or ()) - scope.seen):
+        log.warning("no document %s came by inside the block, so it was not edited", ", ".join(map(str, missed)))
     if (sentence := record.warning()) is not None:
         log.warning(sentence)
+
+
+@contextmanager
+def _marked(model: nn.Module, routing: str) -> Iterator[None]:
+    """Note on the model, which several lenses may share, that a block is open."""
+    outer = vars(model).get(MARK, ())
+    object.__setattr__(model, MARK, (*outer, routing))
+    try:
+        yield
+    finally:
+        if outer:
+            object.__setattr__(model, MARK, outer)
+        else:
+            object.__delattr__(model, MARK)
 
 
 class _Replay(Edit):
@@ -120,4 +139,8 @@ def _check(lens: Lens, modes: Collection[Mode], routing: str, whole_layers: bool
         mode.check(lens)
     if routing not in ROUTING:
         raise BadConfig(f"unknown routing {routing!r}: use live or frozen")
+    if (outer := vars(lens.model).get(MARK, ())) and "frozen" in (routing, *outer):
+        raise BadConfig(
+            "a block with routing='frozen' neither nests nor holds another: give all modes to one lens.edit"
+        )
     check_layers_stay(lens, list(modes), whole_layers)

@@ -37,8 +37,11 @@ def read_addresses(given: Sequence[Addresses]) -> tuple[ExpertAddress, ...]:
     """
     flat: list[ExpertAddress] = []
     for entry in given:
-        items = [entry] if isinstance(entry, str | ExpertAddress) else list(entry)
-        flat += [ExpertAddress.parse(item) for item in items]
+        items = list(entry) if isinstance(entry, Iterable) and not isinstance(entry, str) else [entry]
+        for item in items:
+            if not isinstance(item, str | ExpertAddress):
+                raise OutOfRange(f"an expert is written as 'L7.E12', not {item!r}")
+            flat.append(ExpertAddress.parse(item))
     if not flat:
         raise BadConfig("no expert was named: write it as L7.E12")
     return tuple(dict.fromkeys(flat))
@@ -57,7 +60,7 @@ class Mode:
     """Whether it changes gates or choices, which a dense FFN has not."""
     takes_neurons: ClassVar[bool] = False
 
-    def prepare(self, lens: Lens) -> Any:
+    def prepare(self, lens: Lens, record: EditRecord) -> Any:
         """What the mode needs before the first pass (means, samples, generators); kept as `Bound.state`."""
 
     def routing(self, bound: Bound, routing: Routing) -> Routing | None:

@@ -16,6 +16,7 @@ from moe_lens.types import ExpertAddress, ExpertTap, Role
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from moe_lens.models.edits.record import EditRecord
     from moe_lens.models.lens import Lens
     from moe_lens.models.reference import Texts
 
@@ -51,11 +52,13 @@ class Zero(Substitution):
         neurons = [e for e in self.experts if e.layer == tap.layer and e.neuron is not None]
         if not neurons:
             return None
-        activation = tap.activation.clone()
+        activation, touched = tap.activation.clone(), torch.zeros_like(tap.token, dtype=torch.bool)
         for neuron in neurons:
             rows = bound.rows(tap, [neuron.expert])
             activation[rows, neuron.neuron] = 0
-            bound.record.add(self.name, tap.layer, visits=int(rows.sum()))
+            touched |= rows
+        tokens = int(tap.token[touched].unique().numel())
+        bound.record.add(self.name, tap.layer, tokens=tokens, visits=int(touched.sum()))
         return activation
 
     def rows_of(self, bound: Bound, tap: ExpertTap, expert: ExpertAddress, rows: Tensor) -> Tensor:
@@ -68,10 +71,11 @@ class FromReference(Substitution):
 
     reference: Any = None
 
-    def prepare(self, lens: Lens) -> dict[ExpertAddress, Tensor]:
+    def prepare(self, lens: Lens, record: EditRecord) -> dict[ExpertAddress, Tensor]:
         found = self.reference
         if not isinstance(found, Reference):
             found = collect(lens, found, experts=self.experts)
+        record.references[self.name] = found.digest[:16]
         return {expert: self.vector(lens, found, expert) for expert in self.experts}
 
     def vector(self, lens: Lens, reference: Reference, expert: ExpertAddress) -> Tensor:
@@ -113,8 +117,8 @@ class Resample(FromReference):
     name: ClassVar[str] = "resample"
     seed: int = 0
 
-    def prepare(self, lens: Lens) -> tuple[dict[ExpertAddress, Tensor], torch.Generator]:  # type: ignore[override]
-        return super().prepare(lens), torch.Generator().manual_seed(self.seed)
+    def prepare(self, lens: Lens, record: EditRecord) -> tuple[dict[ExpertAddress, Tensor], torch.Generator]:  # type: ignore[override]
+        return super().prepare(lens, record), torch.Generator().manual_seed(self.seed)
 
     def vector(self, lens: Lens, reference: Reference, expert: ExpertAddress) -> Tensor:
         return reference.outputs_of(expert)
@@ -130,7 +134,7 @@ class Noise(Substitution):
     name: ClassVar[str] = "noise"
     seed: int = 0
 
-    def prepare(self, lens: Lens) -> torch.Generator:
+    def prepare(self, lens: Lens, record: EditRecord) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
     def rows_of(self, bound: Bound, tap: ExpertTap, expert: ExpertAddress, rows: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class Patch(Substitution):
     name: ClassVar[str] = "patch"
     source: str = ""
 
-    def prepare(self, lens: Lens) -> tuple[int, dict[ExpertAddress, dict[int, Tensor]]]:
+    def prepare(self, lens: Lens, record: EditRecord) -> tuple[int, dict[ExpertAddress, dict[int, Tensor]]]:
         """Length of the source in tokens, and what each expert writes at each of its positions."""
         if lens.is_edited:
             raise BadConfig(

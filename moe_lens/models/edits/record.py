@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 COUNTS = ("tokens", "visits", "refilled", "short", "unsatisfied", "emptied", "unaligned")
 
 
-@dataclass
+@dataclass(repr=False)
 class EditRecord:
     """Counts over all forward passes of one `lens.edit` block, by mode and layer.
 
@@ -26,12 +26,15 @@ class EditRecord:
         emptied      tokens all of whose experts were removed (drop_renorm falls back to zero)
         unaligned    visits whose counterfactual has no such visit (patch writes zero)
         mass_ratio   gate mass of the touched tokens after the edit, over that before it
+        reference    digest of the reference text (mean, mean_off, resample), empty for other modes
 
     It says what was changed, not what the change means: an expert that no token visits changes nothing.
     """
 
     counts: dict[tuple[str, int], Counter[str]] = field(default_factory=dict)
     mass: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    """Digest of the reference text that a mode took its values from."""
 
     def add(self, mode: str, layer: int, *, mass: tuple[float, float] | None = None, **counts: int) -> None:
         """Add to the counts of one mode in one layer; `mass` is the gate mass before and after."""
@@ -55,7 +58,8 @@ class EditRecord:
             before, after = self.mass.get((mode, layer), (0.0, 0.0))
             ratio = after / before if before else float("nan")
             rows.append({"mode": mode, "layer": layer, **{n: counts[n] for n in COUNTS}, "mass_ratio": ratio})
-        return pd.DataFrame(rows, columns=["mode", "layer", *COUNTS, "mass_ratio"])
+            rows[-1]["reference"] = self.references.get(mode, "")
+        return pd.DataFrame(rows, columns=["mode", "layer", *COUNTS, "mass_ratio", "reference"])
 
     def warning(self) -> str | None:
         """One sentence if some tokens could not be treated as asked, else None."""
@@ -68,6 +72,9 @@ class EditRecord:
             f"the router of {where} found no replacement for {tokens} tokens, where the removed expert was dropped "
             "instead: its choice is limited to groups or fixed by the token (see `unsatisfied` in the record)"
         )
+
+    def __repr__(self) -> str:
+        return self.frame.to_string(index=False) if self.counts else "EditRecord(nothing touched yet)"
 
     def _repr_html_(self) -> str:
         return self.frame.to_html(index=False)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from moe_lens.errors import BadConfig
 from moe_lens.models.edits.base import Address, Addresses, Bound, Mode, out_of_reach, read_addresses
+from moe_lens.models.gates import rule_of_router
 from moe_lens.models.rerouting import keep_gates, route_without
 from moe_lens.models.seam import Routing
-from moe_lens.types import ExpertAddress
+from moe_lens.types import ExpertAddress, Role
 
 if TYPE_CHECKING:
+    from moe_lens.models.edits.record import EditRecord
     from moe_lens.models.lens import Lens
 
 
@@ -37,27 +39,39 @@ class DropRenorm(Reroute):
         scaled = torch.where(after > 0, kept * (target / after), kept)
         new = torch.where(touched[:, None], scaled, weight)
         _note(self.name, bound, routing, lost, new, emptied=int((touched & (after[:, 0] == 0)).sum()))
-        return replace(routing, weight=new)
+        return replace(routing, weight=new, changed=(*routing.changed, self.name))
 
 
 @dataclass(frozen=True, eq=False)
 class MaskRefill(Reroute):
     name: ClassVar[str] = "mask_refill"
     removes: ClassVar[bool] = True
+    follows: ClassVar[frozenset[str]] = frozenset({"mask_refill"})
+    """Modes that may have changed the routing before; asking the router again would undo any other."""
 
     def routing(self, bound: Bound, routing: Routing) -> Routing:
+        if undone := [mode for mode in routing.changed if mode not in self.follows]:
+            raise BadConfig(
+                f"{self.name} asks the router again, which would undo {undone[0]} of an outer edit: "
+                f"put {self.name} first"
+            )
         removed = bound.removed(routing)
+        if (none_left := removed.all(dim=1)).any():
+            raise BadConfig(
+                f"{int(none_left.sum())} tokens would have no expert to choose from in layer {routing.site.layer}: the "
+                "nested edits together remove all of them, so leave at least one"
+            )
         call = bound.clean.get(routing.site.layer, routing)
         index, weight = route_without(replace(routing, call=call.call, logits=call.logits), removed)
         lost = removed.gather(1, routing.index)
         still = removed.gather(1, index)
-        index, weight = self.gates(replace(routing, logits=call.logits), removed, index, weight)
-        touched = removed.any(dim=1)[:, None]  # the softmax of an untouched token must not move by a bit
-        index, weight = torch.where(touched, index, routing.index), torch.where(touched, weight, routing.weight)
+        index, weight = self.gates(bound, replace(routing, logits=call.logits), removed, index, weight)
         self._count(bound, routing, removed, lost, still, weight)
-        return replace(routing, index=index, weight=weight, removed=removed)
+        return replace(routing, index=index, weight=weight, removed=removed, changed=(*routing.changed, self.name))
 
-    def gates(self, routing: Routing, removed: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def gates(
+        self, bound: Bound, routing: Routing, removed: Tensor, index: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Final choice and weights, from the router's own answer without the removed experts."""
         return index, weight
 
@@ -77,9 +91,19 @@ class MaskRefill(Reroute):
 @dataclass(frozen=True, eq=False)
 class MaskRefillKeep(MaskRefill):
     name: ClassVar[str] = "mask_refill_keep"
+    follows: ClassVar[frozenset[str]] = frozenset({"mask_refill", "mask_refill_keep"})
 
-    def gates(self, routing: Routing, removed: Tensor, index: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return keep_gates(routing, removed, index)
+    def prepare(self, lens: Lens, record: EditRecord) -> dict[int, str | None]:
+        """How each router concerned scores its logits; None where that must be read from the batch."""
+        layers = {expert.layer for expert in self.experts}
+        sites = [site for site in lens.sites if site.role is Role.MOE and site.layer in layers]
+        rules = {site.layer: rule_of_router(site.router, lens.spec.d_model, site.read_router) for site in sites}
+        return {layer: None if rule is None else rule.score for layer, rule in rules.items()}
+
+    def gates(
+        self, bound: Bound, routing: Routing, removed: Tensor, index: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return keep_gates(routing, removed, index, bound.state[routing.site.layer])
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +117,12 @@ class Swap(Reroute):
 
     def routing(self, bound: Bound, routing: Routing) -> Routing:
         assert self.other is not None
+        if routing.removed is not None and routing.removed[:, self.other.expert].any():
+            raise BadConfig(f"{self.other} was removed by an outer edit: swap {self.experts[0]} with another expert")
         lost = bound.removed(replace(routing, removed=None)).gather(1, routing.index)
         _note(self.name, bound, routing, lost, routing.weight)
-        return replace(routing, index=routing.index.masked_fill(lost, self.other.expert))
+        index = routing.index.masked_fill(lost, self.other.expert)
+        return replace(routing, index=index, changed=(*routing.changed, self.name))
 
 
 def _note(mode: str, bound: Bound, routing: Routing, lost: Tensor, new: Tensor, **counts: int) -> None:

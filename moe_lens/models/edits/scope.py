@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +25,25 @@ class Scope:
     documents: Collection[int] | None = None
     mask: Bool[Tensor, "token"] | None = None
     """Flat tokens of the current batch that may be touched; None means all of them."""
+    seen: set[int] = field(default_factory=set)
+    """Documents that came by."""
     position: Int[Tensor, "token"] | None = None
     """Index of each flat token among the attended tokens of its window, tokens in a KV cache included."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot say which tokens or documents are meant.
+
+        Raises:
+            BadConfig: see the sentence.
+        """
+        if self.tokens is not None and not callable(self.tokens):
+            try:
+                self.tokens = torch.as_tensor(self.tokens).bool()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BadConfig("tokens= must be a mask of the batch's shape or a function of input_ids") from error
+        numbers = isinstance(self.documents, Collection) and all(isinstance(d, int) for d in self.documents)
+        if self.documents is not None and not numbers:
+            raise BadConfig(f"documents= must be a list of numbers, such as [0, 2], not {self.documents!r}")
 
     def begin(self, inputs: Tensor, kwargs: dict[str, Any], window_documents: Int[Tensor, "window"] | None) -> None:
         """Work out the masks for one forward pass.
@@ -45,6 +62,7 @@ class Scope:
             self.mask = self._token_mask(inputs, shape).to(device).reshape(-1)
         if self.documents is not None:
             ids = torch.arange(shape[0]) if window_documents is None else window_documents.cpu()
+            self.seen.update(ids.tolist())
             chosen = torch.isin(ids, torch.tensor(sorted(self.documents), dtype=ids.dtype))
             windows = chosen.to(device).repeat_interleave(shape[1])
             self.mask = windows if self.mask is None else self.mask & windows

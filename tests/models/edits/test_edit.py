@@ -235,18 +235,114 @@ def test_blocks_nest_and_masks_add_up(olmoe):
             assert torch.equal(logits(olmoe), wanted)
 
 
-def test_a_mask_on_some_documents_leaves_an_outer_edit_of_the_others_alone(olmoe):
+def test_masks_of_different_documents_nest(olmoe):
     layer = olmoe.layers[-1]
-    a = int(busiest(olmoe, layer).split("E")[1])
-    swap, mask = ml.swap(f"L{layer}.E{a}", f"L{layer}.E{(a + 1) % 6}"), ml.mask_refill(f"L{layer}.E{a}")
-    with olmoe.edit(swap):
-        swapped = logits(olmoe)
-        with olmoe.edit(mask, documents=[1]):
+    a, b = ml.mask_refill(f"L{layer}.E0"), ml.mask_refill(f"L{layer}.E1")
+    with olmoe.edit(a, documents=[0]):
+        first = logits(olmoe)
+        with olmoe.edit(b, documents=[1]):
             both = logits(olmoe)
-    with olmoe.edit(mask):
-        masked = logits(olmoe)
-    assert torch.equal(both[[0, 2]], swapped[[0, 2]])
-    assert torch.equal(both[1], masked[1])
+    with olmoe.edit(b):
+        second = logits(olmoe)
+    assert torch.equal(both[0], first[0])
+    assert torch.equal(both[1], second[1])
+    assert torch.equal(both[2], logits(olmoe)[2])
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [("swap", "mask_refill"), ("drop_renorm", "mask_refill"), ("mask_refill_keep", "mask_refill"),
+     ("swap", "mask_refill_keep")],
+)  # fmt: skip
+def test_a_mask_that_would_undo_an_outer_edit_is_refused(olmoe, outer, inner):
+    with (
+        olmoe.edit(make(outer, "L1.E0")),
+        olmoe.edit(make(inner, "L1.E2")),
+        pytest.raises(BadConfig, match=f"would undo {outer} of an outer edit: put {inner} first"),
+    ):
+        logits(olmoe)
+    with olmoe.edit(make(inner, "L1.E2"), make(outer, "L1.E0")):
+        logits(olmoe)
+
+
+def test_nested_masks_that_remove_every_expert_are_refused(olmoe):
+    first, rest = [f"L1.E{e}" for e in range(3)], [f"L1.E{e}" for e in range(3, 6)]
+    with (
+        olmoe.edit(ml.mask_refill(first)),
+        olmoe.edit(ml.mask_refill(rest)),
+        pytest.raises(BadConfig, match="36 tokens would have no expert to choose from in layer 1"),
+    ):
+        logits(olmoe)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("live", "frozen"), ("frozen", "live"), ("frozen", "frozen")])
+def test_a_frozen_block_does_not_nest(olmoe, outer, inner):
+    def nested() -> None:
+        with olmoe.edit(ml.zero("L0.E0"), routing=outer), olmoe.edit(ml.zero("L1.E0"), routing=inner):
+            pass
+
+    with pytest.raises(BadConfig, match=r"give all modes to one lens\.edit"):
+        nested()
+    assert not olmoe.is_edited
+
+
+def test_frozen_routing_is_clean_also_when_a_dense_layer_is_edited(lens_of):
+    lens = lens_of("qwen3_moe")
+    assert lens.spec.at(0).role is Role.DENSE
+    clean = visited(lens, 1)
+    with lens.edit(ml.zero("L0.E0")):
+        live = visited(lens, 1)
+    with lens.edit(ml.zero("L0.E0"), routing="frozen") as record:
+        frozen = visited(lens, 1)
+    assert torch.equal(frozen.expert, clean.expert)
+    assert torch.equal(frozen.weight, clean.weight)
+    assert not torch.equal(live.expert, clean.expert)
+    assert record.total("visits") == IDS.numel()
+    with lens.edit(ml.zero("L0.E0"), routing="frozen", tokens=lambda ids: ids > 100):
+        for length in (12, 5):
+            logits(lens, IDS[:, :length])
+
+
+def test_frozen_and_live_are_one_on_a_dense_model(lens_of):
+    lens = lens_of("llama")
+    with lens.edit(ml.zero("L1.E0"), routing="frozen") as record:
+        frozen = logits(lens)
+    with lens.edit(ml.zero("L1.E0")):
+        assert torch.equal(logits(lens), frozen)
+    assert record.total("visits") == IDS.numel()
+
+
+def test_two_lenses_on_one_model_know_of_each_others_edits(olmoe):
+    other = Lens(olmoe.model, olmoe.tokenizer)
+    with olmoe.edit(ml.zero("L1.E0")), pytest.raises(BadConfig, match=r"call lens\.reference before it"):
+        other.reference(TEXT, experts=["L1.E1"])
+
+
+def test_an_implementation_changed_inside_the_block_is_reported(caplog):
+    lens = Lens(tiny.build("olmoe"), None)
+    with lens.edit(ml.zero("L1.E0")):
+        lens.model.set_experts_implementation("eager")
+    assert "was changed inside the block" in caplog.text
+    assert lens.model.get_experts_implementation()[""] == "grouped_mm"
+
+
+def test_a_document_that_never_came_by_is_reported(olmoe, caplog):
+    with olmoe.edit(ml.zero("L1.E0"), documents=[1, 7]):
+        olmoe.loss(["one text", "and two"])
+    assert "no document 7 came by" in caplog.text
+
+
+def test_a_corpus_is_a_reference(olmoe):
+    corpus = ml.corpus("bundled:")
+    few = type("Few", (), {"documents": corpus.documents[:3]})()
+    texts = [document.text for document in corpus.documents[:3]]
+    experts = ["L1.E0"]
+    assert olmoe.reference(few, experts=experts).digest == olmoe.reference(texts, experts=experts).digest
+    name = busiest(olmoe, 1)
+    with olmoe.edit(ml.mean(name, reference=texts)) as record:
+        logits(olmoe)
+    assert record.frame["reference"].tolist() == [olmoe.reference(texts, experts=[name]).digest[:16]]
+    assert name.split(".")[0][1:] in repr(record)
 
 
 def test_a_trace_inside_the_block_shows_the_edited_model(lens):
@@ -303,6 +399,13 @@ def test_a_shared_expert_is_not_touched(lens_of):
         (lambda: ml.swap("L0.E0", "L0.E77"), {}, OutOfRange, "has no expert 77"),
         (lambda: ml.drop_renorm("L0.E0", total="two"), {}, BadConfig, "use kept or one"),
         (lambda: ml.mean("L1.E0", reference="a"), {}, BadCorpus, "no token to count"),
+        (lambda: ml.zero(5), {}, OutOfRange, "written as 'L7.E12', not 5"),
+        (lambda: ml.mean("L1.E0", reference=5), {}, BadConfig, "a text, a list of texts, a corpus or batches, not 5"),
+        (lambda: ml.mean("L1.E0", reference=[5]), {}, BadConfig, "5 is none of them"),
+        (lambda: ml.mean("L1.E0", reference="bundled:"), {}, BadConfig, r"give ml\.corpus"),
+        (lambda: ml.zero("L1.E0"), {"documents": 3}, BadConfig, r"list of numbers, such as \[0, 2\], not 3"),
+        (lambda: ml.zero("L1.E0"), {"documents": ["a"]}, BadConfig, "list of numbers"),
+        (lambda: ml.zero("L1.E0"), {"tokens": "some"}, BadConfig, "a mask of the batch's shape or a function"),
         (lambda: "L1.E0", {}, BadConfig, r"takes modes such as zero\('L0.E1'\), not 'L1.E0'"),
         (lambda: ml.zero("L1.E0"), {"routing": "cold"}, BadConfig, "use live or frozen"),
     ],
@@ -319,6 +422,21 @@ def test_a_whole_layer_can_be_switched_off_on_request(olmoe):
     with olmoe.edit(ml.zero(names), whole_layers=True) as record:
         logits(olmoe)
     assert record.frame["visits"].item() == IDS.numel() * 2
+
+
+def test_a_mask_may_be_a_nested_list(olmoe):
+    mask = [[False] * 12, [True] * 12, [False] * 12]
+    with olmoe.edit(ml.zero(busiest(olmoe, 1)), tokens=mask):
+        listed = logits(olmoe)
+    with olmoe.edit(ml.zero(busiest(olmoe, 1)), documents=[1]):
+        assert torch.equal(logits(olmoe), listed)
+
+
+def test_a_lens_without_a_tokenizer_says_so():
+    lens = Lens(tiny.build("olmoe"), None)
+    for call in (lens.loss, lens.trace):
+        with pytest.raises(BadConfig, match="no tokenizer"):
+            call("some text")
 
 
 def test_a_mask_of_the_wrong_shape_names_both_shapes(olmoe):

@@ -126,6 +126,28 @@ def test_survivors_keep_their_gates_and_replacements_get_their_clean_score(route
         assert record.frame["mass_ratio"].item() < 1
 
 
+@pytest.mark.parametrize(
+    "router", ["one expert, sigmoid", "sigmoid, scaled", "plain softmax", "one expert, plain softmax"]
+)
+def test_a_token_alone_gets_the_gate_it_gets_in_a_batch(router):
+    """As in every step of a generation: one row cannot tell a sigmoid from a softmax."""
+    prefix, keys, _ = {**ROUTERS, "one expert, sigmoid": ("DeepseekV3", {
+        **DEEP, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "norm_topk_prob": False,
+    }, "")}[router]  # fmt: skip
+    lens = build(prefix, keys)
+    layer, taps = lens.layers[-1], []
+    experts = [f"L{layer}.E{e}" for e in range(3)]
+    ids = tiny.ids(1, 16)
+    with torch.no_grad(), lens.edit(ml.mask_refill_keep(experts)), lens.tapping(taps.append, layers=[layer]):
+        lens.model(ids, use_cache=False)
+        cache = lens.model(ids[:, :10], use_cache=True).past_key_values
+        for i in range(10, 16):
+            lens.model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+    routed = [tap for tap in taps if tap.role is Role.MOE]
+    whole, steps = gates(routed[0]), torch.cat([gates(tap) for tap in routed[2:]])
+    torch.testing.assert_close(steps, whole[10:], rtol=1e-3, atol=1e-5)
+
+
 def test_a_router_without_a_score_per_logit_is_refused_by_name():
     lens = build("Phimoe", L6)
     with pytest.raises(UnsupportedModel, match=r"PhimoeTopKRouter .* use mask_refill or zero"):
