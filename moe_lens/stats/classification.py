@@ -1,8 +1,4 @@
-"""Statistics on plain arrays: binary-classification metrics in batches, and a document bootstrap.
-
-Everything is numpy float64, takes no model, and is tested against scikit-learn and hand-computed cases.
-Many problems are solved at once: arrays carry the axes ``(row, problem)``.
-"""
+"""Binary-classification metrics of many problems at once: arrays carry the axes ``(row, problem)``."""
 
 from __future__ import annotations
 
@@ -162,25 +158,3 @@ def _previous_run(cumulative: Int[ndarray, "problem row"], last: Bool[ndarray, "
     before = np.zeros_like(cumulative)
     np.maximum.accumulate(np.where(last, cumulative, 0)[:, :-1], axis=1, out=before[:, 1:])
     return before
-
-
-def document_multiplicities(n_documents: int, n_resamples: int, *, seed: int) -> Int[ndarray, "resample document"]:
-    """How often each document is drawn in each of `n_resamples` bootstrap samples of whole documents.
-
-    Tokens of one document are not independent, so documents, never tokens, are resampled (METRICS 2.5).
-    """
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples)
-
-
-def percentile_interval(
-    draws: Float[ndarray, "resample *shape"], level: float = 0.95
-) -> tuple[Float[ndarray, "*shape"], Float[ndarray, "*shape"]]:
-    """Percentile interval over the first axis, NaN draws ignored.
-
-    Does not show bias of the statistic: a maximum chosen on the same data stays inflated inside it.
-    """
-    tail = (1 - level) / 2 * 100
-    with np.errstate(all="ignore"):
-        low, high = np.nanpercentile(draws, [tail, 100 - tail], axis=0)
-    return low, high

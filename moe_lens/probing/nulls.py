@@ -1,0 +1,331 @@
+"""The null arm: the pipeline after neuron selection, run on exchanged labels (METRICS 1.3, item 7).
+
+1. The k = 1 neuron of every (cell, concept), its sign and threshold stay as learnt on select; the rows of each
+   cell, split and concept are ranked once.
+2. Labels are exchanged (`moe_lens.probing.exchange`), a block of permutations at a time.
+3. One product gives the rank sums of the positives in every cell under every permutation of a block, and with
+   them AUROC; two more give the class sizes and the true positives.
+4. Per permutation as in the real run: cells with too few rows drop out, the cell with the best validate AUROC is
+   scored on test; beside it the maximum over cells of the studentised test AUROC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moe_lens.corpus.splits import code_of
+from moe_lens.errors import BadConfig
+from moe_lens.probing.exchange import ExchangedLabels, LabelTracks, exchange_labels
+from moe_lens.probing.settings import MINIMUM_EVAL
+from moe_lens.stats import auroc_null_se, f1_balanced, max_t, percentile_interval, permutation_p
+from moe_lens.types import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Bool, Float, Int
+    from numpy import ndarray
+    from torch import Tensor
+
+    from moe_lens.capture.rows import RowStore
+    from moe_lens.probing.fit import Probe
+
+_TOLERANCE = 1e-4
+"""Standard errors (of AUROC under the null: 1e-6) within which two float32 results are a tie."""
+Exchange = Callable[..., Iterator[ExchangedLabels]]
+
+
+@dataclass(frozen=True)
+class CellColumns:
+    """Scores of the k = 1 probes on the validate and test tokens that each cell visits."""
+
+    address: Int[ndarray, "cell 2"]
+    """Layer and expert, ascending."""
+    offsets: Int[ndarray, "cell+1"]
+    """Rows of cell ``i`` are ``offsets[i]:offsets[i + 1]``."""
+    token: Int[ndarray, "row"]
+    """Number of each row's token in the label tracks."""
+    score: Callable[[int], Float[ndarray, "row"]]
+    """Logit of a concept's probe on every row; NaN in cells where it was not fitted."""
+
+
+def cell_columns(
+    rows: RowStore,
+    columns: Mapping[int, Int[Tensor, "expert column"]],
+    probes: Sequence[Probe],
+    number: Int[ndarray, "table_token"],
+) -> CellColumns:
+    """Columns of the fitted k = 1 probes, read from the stored evaluation rows without copying them.
+
+    Args:
+        rows: validate and test rows, as ``Evaluator`` holds them.
+        columns: neurons stored for each (layer, expert), from ``columns_needed``.
+        number: track number of every token of the rows' table, from ``label_tracks``.
+    """
+    by_cell: dict[tuple[int, int], dict[int, Probe]] = {}
+    for probe in probes:
+        if probe.k == 1 and probe.fitted:
+            by_cell.setdefault((probe.layer, probe.expert), {})[probe.concept] = probe
+    cells = sorted(by_cell)
+    visited = [number[rows.rows(*cell).token.numpy()] for cell in cells]
+    offsets = np.cumsum([0, *(len(v) for v in visited)])
+
+    def score(concept: int) -> Float[ndarray, "row"]:
+        out = np.full(offsets[-1], np.nan, np.float32)
+        for i, (layer, expert) in enumerate(cells):
+            if (probe := by_cell[layer, expert].get(concept)) is not None:
+                column = columns[layer][expert].tolist().index(int(probe.neurons[0]))
+                h = rows.rows(layer, expert).activation[:, column].float().numpy()
+                out[offsets[i] : offsets[i + 1]] = h * np.float32(probe.coef[0]) + np.float32(probe.intercept)
+        return out
+
+    token = np.concatenate(visited) if visited else np.zeros(0, np.int64)
+    return CellColumns(np.array(cells, np.int64).reshape(-1, 2), offsets, token, score)
+
+
+@dataclass(frozen=True)
+class PipelineScores:
+    """What the pipeline reports for each labelling; NaN (statistic: -inf) where no cell has enough rows."""
+
+    statistic: Float[ndarray, "labelling concept"]
+    """Maximum over cells of (test AUROC - .5) / SE_null(n+, n-)."""
+    auroc: Float[ndarray, "labelling concept"]
+    """Test AUROC of the cell with the best validate AUROC."""
+    f1_balanced: Float[ndarray, "labelling concept"]
+    """Test F1_bal of the same cell at the threshold learnt on select."""
+    cell: Int[ndarray, "labelling concept"]
+    """Number of that cell, -1 for none."""
+
+
+@dataclass(frozen=True)
+class NullDistribution:
+    """The pipeline under the true labels and under exchanged ones.
+
+    The null is that activations and routing say nothing about the concept beyond stratum and position. A small p
+    rejects that for the best of the cells; it does not show a gap between models, nor which neuron is needed.
+    """
+
+    names: tuple[str, ...]
+    address: Int[ndarray, "cell 2"]
+    observed: PipelineScores
+    """One labelling: the true one."""
+    null: PipelineScores
+    kept: Float[ndarray, "concept"]
+    """Mean share of tokens that got their own label back. Power fails as it grows: strata are too small."""
+
+    @property
+    def p(self) -> Float[ndarray, "concept"]:
+        """Of the studentised maximum over cells; NaN without a usable cell."""
+        return permutation_p(self._statistic, self.null.statistic, tolerance=_TOLERANCE)
+
+    @property
+    def p_held_out(self) -> Float[ndarray, "concept"]:
+        """Of the held-out AUROC of the chosen cell."""
+        return permutation_p(self.observed.auroc[0], self.null.auroc, tolerance=1e-6)
+
+    @property
+    def p_adjusted(self) -> Float[ndarray, "concept"]:
+        """Max-T over concepts. Each concept's statistic is first standardised by its own null (the true labelling
+        counted in), because tokens of a document are alike and some concepts' nulls are far wider than others'.
+        """
+        every = np.concatenate([self.observed.statistic, self.null.statistic])
+        finite = np.where(np.isfinite(every), every, np.nan)
+        known = np.isfinite(finite).sum(0) > 1
+        scaled = np.full(every.shape, np.nan)
+        sd = np.nanstd(finite[:, known], axis=0)
+        scaled[:, known] = (every[:, known] - np.nanmean(finite[:, known], axis=0)) / np.where(sd > 0, sd, 1)
+        observed = np.where(np.isfinite(self._statistic), scaled[0], np.nan)
+        return max_t(observed, scaled[1:], tolerance=_TOLERANCE)
+
+    @property
+    def _statistic(self) -> Float[ndarray, "concept"]:
+        return np.where(np.isfinite(self.observed.statistic[0]), self.observed.statistic[0], np.nan)
+
+    def band(
+        self, metric: str = "auroc", level: float = 0.95
+    ) -> tuple[Float[ndarray, "concept"], Float[ndarray, "concept"]]:
+        """Range of the null held-out score (``auroc`` or ``f1_balanced``) of the chosen cell, for figures."""
+        return percentile_interval(getattr(self.null, metric), level)
+
+    def gap(self, dense: NullDistribution, metric: str = "auroc") -> Float[ndarray, "permutation concept"]:
+        """Null draws of this model's score minus `dense`'s, under the same exchanged labels.
+
+        Run both with one seed, on the same documents and strata. The spread belongs to the null that neither
+        model knows the concept; it does not test whether two models that know it know it equally well.
+        """
+        return getattr(self.null, metric) - getattr(dense.null, metric)
+
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """One row per concept."""
+        import pandas as pd
+
+        cell = self.observed.cell[0]
+        address = np.concatenate([self.address, [[-1, -1]]])[cell]
+        table: dict[str, Any] = {
+            "concept": self.names, "layer": address[:, 0], "expert": address[:, 1],
+            "statistic": self._statistic, "p_value": self.p, "p_adjusted": self.p_adjusted,
+            "auroc": self.observed.auroc[0], "p_held_out": self.p_held_out,
+            "f1_balanced": self.observed.f1_balanced[0], "kept": self.kept,
+        }  # fmt: skip
+        for metric in ("auroc", "f1_balanced"):
+            low, high = self.band(metric)
+            with np.errstate(all="ignore"):
+                table |= {f"null_{metric}_{n}": v for n, v in (("low", low), ("high", high))}
+                table[f"null_{metric}_mean"] = _mean_known(getattr(self.null, metric))
+        return pd.DataFrame(table)
+
+
+def null_statistics(
+    tracks: LabelTracks,
+    columns: CellColumns,
+    *,
+    n_permutations: int = 999,
+    seed: int = 0,
+    minimum: int = MINIMUM_EVAL.tokens,
+    max_bytes: int = 256 << 20,
+    exchange: Exchange = exchange_labels,
+) -> NullDistribution:
+    """Run cell choice and scoring under the true and under exchanged labels, for every concept.
+
+    Args:
+        minimum: rows of each class that a cell needs in validate and in test, counted anew in every labelling.
+            The rule on documents (METRICS 1.1) is not applied here, to the true labels neither.
+        max_bytes: bounds what is held at a time, besides the columns themselves.
+        exchange: how labels are exchanged; tests pass a broken one.
+
+    Raises:
+        BadConfig: fewer than one permutation, or no cell with a fitted probe.
+        BadConcept: see `exchange_labels`.
+
+    Neurons are not chosen anew for exchanged labels. That is right where select shares nothing with validate and
+    test but chance; see `exchange_labels` for ``type``.
+    """
+    if not len(columns.address):
+        raise BadConfig("no cell holds a fitted k = 1 probe, so there is nothing to test: give a larger corpus")
+    n_concepts = len(tracks.names)
+    bags = [_Bags.of(tracks, columns, tracks.in_scope[:, c]) for c in _first_of(tracks.scope_of)]
+    block = int(np.clip(max_bytes // 2 // (32 * tracks.n_tokens), 1, min(n_permutations, 256)))
+    chunk = max(1, max_bytes // 2 // (8 * max(1, len(columns.token))))
+    order = sorted(range(n_concepts), key=lambda c: (tracks.granularity[c], tracks.scope_of[c]))
+    observed, null = _empty(1, n_concepts), _empty(n_permutations, n_concepts)
+    kept = np.zeros(n_concepts)
+    for start in range(0, n_concepts, chunk):
+        ranked = {c: bags[tracks.scope_of[c]].rank(columns.score(c)) for c in order[start : start + chunk]}
+        for c, column in ranked.items():
+            _store(observed, 0, c, column.pipeline(tracks.labels[:, [c]], minimum))
+        at = 0
+        for labels in exchange(tracks, n_permutations=n_permutations, seed=seed, block=block):
+            for c, column in ranked.items():
+                _store(null, at, c, column.pipeline(labels.labels(c), minimum))
+                kept[c] += labels.kept(c) * len(labels) / n_permutations
+            at += len(labels)
+    return NullDistribution(tracks.names, columns.address, observed, null, kept)
+
+
+def _first_of(numbers: Int[ndarray, "concept"]) -> list[int]:
+    return np.unique(numbers, return_index=True)[1].tolist()
+
+
+def _empty(n: int, n_concepts: int) -> PipelineScores:
+    shape = (n, n_concepts)
+    return PipelineScores(np.empty(shape), np.empty(shape), np.empty(shape), np.empty(shape, np.int64))
+
+
+def _store(into: PipelineScores, at: int, concept: int, found: PipelineScores) -> None:
+    for name in ("statistic", "auroc", "f1_balanced", "cell"):
+        values = getattr(found, name)[:, 0]
+        getattr(into, name)[at : at + len(values), concept] = values
+
+
+def _mean_known(values: Float[ndarray, "permutation concept"]) -> Float[ndarray, "concept"]:
+    known = np.isfinite(values)
+    return np.where(known, values, 0).sum(0) / known.sum(0)
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """Rows of every cell on documents in scope: one bag per cell in validate, then one per cell in test."""
+
+    row: Int[ndarray, "used"]
+    """Row of the columns, bag by bag."""
+    bag: Int[ndarray, "used"]
+    token: Int[Tensor, "used"]
+    offsets: Int[Tensor, "bag+1"]
+
+    @classmethod
+    def of(cls, tracks: LabelTracks, columns: CellColumns, in_scope: Bool[ndarray, "document"]) -> _Bags:
+        n_cells = len(columns.address)
+        cell = np.repeat(np.arange(n_cells), np.diff(columns.offsets))
+        document = tracks.document[columns.token]
+        split = tracks.split[document]
+        bag = np.where(split == code_of(Split.VALIDATE), cell, cell + n_cells)
+        wanted = (split == code_of(Split.VALIDATE)) | (split == code_of(Split.TEST))
+        row = np.flatnonzero(wanted & in_scope[document])
+        row = row[np.argsort(bag[row], kind="stable")]
+        offsets = np.searchsorted(bag[row], np.arange(2 * n_cells + 1))
+        return cls(row, bag[row], torch.from_numpy(columns.token[row]), torch.from_numpy(offsets))
+
+    def rank(self, score: Float[ndarray, "row"]) -> _Ranked:
+        """Rank the rows inside each bag, ties by their mean rank, as ``2 rank - n - 1``: a whole number of sum 0."""
+        used = score[self.row]
+        fitted = np.bincount(self.bag, np.isnan(used), minlength=len(self.offsets) - 1) == 0
+        order = np.lexsort((used, self.bag))
+        value, bag = used[order], self.bag[order]
+        new = np.ones(len(value), bool)
+        new[1:] = (value[1:] != value[:-1]) | (bag[1:] != bag[:-1])
+        run = np.cumsum(new) - 1
+        first = np.flatnonzero(new)
+        last = np.append(first[1:], len(value)) - 1
+        offsets = self.offsets.numpy()
+        middle = (first + last)[run] - 2 * offsets[bag] - np.diff(offsets)[bag] + 1
+        rank = np.empty(len(used), np.float32)
+        rank[order] = middle
+        yes = (used >= 0).astype(np.float32)
+        n_yes = np.bincount(self.bag, yes, minlength=len(fitted))
+        return _Ranked(self, torch.from_numpy(rank), torch.from_numpy(yes), n_yes, fitted)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """One concept's scores in every bag, ready for any labelling."""
+
+    bags: _Bags
+    rank: Float[Tensor, "used"]
+    yes: Float[Tensor, "used"]
+    n_yes: Float[ndarray, "bag"]
+    fitted: Bool[ndarray, "bag"]
+
+    def pipeline(self, labels: Bool[ndarray, "token labelling"], minimum: int) -> PipelineScores:
+        """Choose the cell on validate and score it on test, for every labelling."""
+        table = torch.from_numpy(labels.astype(np.float32))
+        n_cells = len(self.fitted) // 2
+        n_pos = self._sums(table, None)
+        n = np.diff(self.bags.offsets.numpy())[:, None]
+        n_neg = n - n_pos
+        with np.errstate(divide="ignore", invalid="ignore"):
+            auroc = 0.5 + self._sums(table, self.rank) / (2 * n_pos * n_neg)
+        enough = (n_pos >= minimum) & (n_neg >= minimum) & self.fitted[:, None]
+        usable = enough[:n_cells] & enough[n_cells:]
+        test = slice(n_cells, None)
+        z = np.where(usable, (auroc[test] - 0.5) / auroc_null_se(n_pos[test], n_neg[test]), -np.inf)
+        validate = np.where(usable, auroc[:n_cells].round(6), -np.inf)
+        best = np.where(validate == validate.max(0), n[test], -1).argmax(0)  # ties: more rows, then lower address
+        at = (best + n_cells, np.arange(labels.shape[1]))
+        some = usable.any(0)
+        tp = self._sums(table, self.yes)[at]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            f1 = f1_balanced(tp / n_pos[at], (self.n_yes[at[0]] - tp) / n_neg[at])
+        columns = (z.max(0), np.where(some, auroc[at], np.nan), np.where(some, f1, np.nan), np.where(some, best, -1))
+        return PipelineScores(*(c[:, None] for c in columns))
+
+    def _sums(self, table: Float[Tensor, "token labelling"], weight: Float[Tensor, "used"] | None) -> ndarray:
+        """Weighted number of positives in every bag: one sparse product, no bag x token matrix is ever formed."""
+        return torch.nn.functional.embedding_bag(
+            self.bags.token, table, self.bags.offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
+        ).double().numpy()  # fmt: skip
