@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from moe_lens.models.reference import Texts
 
 
-class Substitution(Mode):
+class Substitution(Mode, ABC):
     """A mode that is a rule for new output rows of one expert."""
 
+    @abstractmethod
     def rows_of(
         self, bound: Bound, tap: ExpertTap, expert: ExpertAddress, rows: Bool[Tensor, "row"]
     ) -> Float[Tensor, "chosen d_model"]:
         """New outputs for the chosen `rows`, all of them visits of `expert`."""
-        raise NotImplementedError
 
     def output(self, bound: Bound, tap: ExpertTap) -> Tensor | None:
         output = tap.output.clone()
@@ -78,9 +79,9 @@ class FromReference(Substitution):
         record.references[self.name] = found.digest[:16]
         return {expert: self.vector(lens, found, expert) for expert in self.experts}
 
+    @abstractmethod
     def vector(self, lens: Lens, reference: Reference, expert: ExpertAddress) -> Tensor:
         """What stands in for the expert: one vector, or rows to draw from."""
-        raise NotImplementedError
 
     def rows_of(self, bound: Bound, tap: ExpertTap, expert: ExpertAddress, rows: Tensor) -> Tensor:
         return bound.state[expert].to(tap.output.device).expand(int(rows.sum()), -1)
