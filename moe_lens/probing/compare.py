@@ -1,12 +1,7 @@
-"""The comparison with a dense model, arm by arm (METRICS 1.3).
+"""The comparison with a dense model, arm by arm (METRICS 1.3; ``moe_lens.probing.arms``).
 
-``raw``       the best cell by test score, as arXiv 2604.02178 reports it: search and scoring share the test data.
-``held_out``  the cell is chosen by AUROC on validate and scored once on test.
-
-Intervals resample whole test documents, the same ones for both models. They are conditional on the fitted
-probes and on the chosen cells: they show how far the gap depends on the documents, not on the search. They are
-percentile intervals; where a concept has few test documents, F1 is concave in what is drawn, and most draws lie
-below the point estimate.
+Intervals resample whole test documents, the same ones for every arm and both models, so that arms and models can
+be subtracted draw by draw. They are conditional on the fitted probes and on the chosen cells.
 """
 
 from __future__ import annotations
@@ -18,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from moe_lens.probing.evaluate import COUNTS
-from moe_lens.stats import document_multiplicities, f1_balanced, percentile_interval
+from moe_lens.probing.arms import LADDER, METRICS, REGISTRY, Arm, Estimates, ModelScores, Part
+from moe_lens.stats import document_multiplicities, percentile_interval
 from moe_lens.types import Status
 
 if TYPE_CHECKING:
@@ -28,49 +23,7 @@ if TYPE_CHECKING:
 
     from moe_lens.corpus.concepts import Concept
 
-ARMS = ("raw", "held_out")
-METRICS = ("f1", "f1_balanced", "auroc")
 MEAN = "__mean__"
-WinnerKey = tuple[int, int, str, int]  # layer, expert, concept, k
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """All probes of one model under one seed, and per-document counts of the cells an arm chose."""
-
-    role: str
-    seed: int
-    d_ff: int
-    cells: pd.DataFrame
-    counts: Mapping[WinnerKey, Float[ndarray, "document count"]]
-    """Keyed by (layer, expert, concept, k); columns are ``evaluate.COUNTS``."""
-
-
-def usable(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows that carry numbers."""
-    return cells[cells.status.isin([Status.OK.value, Status.SEPARABLE.value])]
-
-
-def winners(cells: pd.DataFrame, arm: str, metric: str) -> pd.DataFrame:
-    """The cell each arm reports, one row per (concept, k).
-
-    Ties go to the larger test set, then to the lower layer and expert.
-    """
-    by = metric if arm == "raw" else "auroc_validate"
-    ordered = usable(cells).sort_values(
-        [by, "n_test", "layer", "expert"], ascending=[False, False, True, True], kind="stable"
-    )
-    return ordered.groupby(["concept", "k"], sort=False).head(1)
-
-
-def winner_keys(cells: pd.DataFrame) -> set[WinnerKey]:
-    """Every cell that some arm reports under some metric."""
-    keys: set[WinnerKey] = set()
-    for arm in ARMS:
-        for metric in METRICS:
-            best = winners(cells, arm, metric)
-            keys |= set(zip(best.layer, best.expert, best.concept, best.k, strict=True))
-    return keys
 
 
 def compare(
@@ -79,6 +32,7 @@ def compare(
     concepts: Sequence[Concept],
     test_documents: Sequence[Int[ndarray, "document"]],
     *,
+    joint: Mapping[str, Mapping[str, Sequence[Estimates]]] | None = None,
     n_resamples: int = 1000,
 ) -> pd.DataFrame:
     """All arms, metrics, concepts and k in one tidy table (``comparison.parquet``).
@@ -87,90 +41,83 @@ def compare(
         moe: scores of the MoE, one per seed.
         dense: scores of the dense baseline in the same order; empty when there is none.
         test_documents: documents of the test split, one array per seed.
+        joint: arms that score both models together: name, then role (``moe``, ``dense``), then one per seed. Their
+            draws must be paired between the roles.
 
-    ``chance_moe`` and ``chance_dense`` are what a probe without any neuron scores in the chosen cell: the
-    always-positive F1, 2/3 for the balanced F1, and .5 for AUROC. Concept ``__mean__`` averages over concept
-    groups, so that duplicates count once.
+    ``chance_moe`` and ``chance_dense`` are what a probe without any neuron scores in the same place: the
+    always-positive F1, 2/3 for the balanced F1, and .5 for AUROC. ``one_cell_moe`` and ``one_cell_dense`` are what
+    ``homogeneous`` expects of a cell without any search. ``routing_only`` is the same at every k. Concept
+    ``__mean__`` averages over concept groups, so that duplicates count once, and over the same concepts in every
+    arm: those that ``raw`` could score in both models. An arm that was not run has no rows.
 
     A positive gap in ``raw`` shows that a larger search found a better test score; it does not show that the
     MoE's neurons are cleaner. ``held_out`` removes the reuse of test data, not the larger choice of cells.
     """
     rows: list[dict[str, Any]] = []
+    averaged: dict[tuple[str, int], set[str]] = {}
     group_of = {c.name: c.group or c.name for c in concepts}
     ks = sorted(set(moe[0].cells.k))
-    for arm in ARMS:
+    by_arm = dict(joint or {})
+    for arm in REGISTRY.values():
+        both = {role: _estimates(arm, m, test_documents, n_resamples) for role, m in (("moe", moe), ("dense", dense))}
+        if all(len(found) == len(models) for found, models in zip(both.values(), (moe, dense), strict=True)):
+            by_arm[arm.name] = {role: found for role, found in both.items() if found}
+    for arm in sorted(by_arm, key=LADDER.index):
+        both = {role: _side(found) for role, found in by_arm[arm].items()}
         for metric in METRICS:
-            sides = {"moe": _side(moe, arm, metric, test_documents, n_resamples)}
-            if dense:
-                sides["dense"] = _side(dense, arm, metric, test_documents, n_resamples)
+            sides = {role: side[metric] for role, side in both.items()}
             for k in ks:
                 per_concept = [_row(arm, metric, name, k, sides) for name in group_of]
                 rows += [row for row, _ in per_concept]
-                rows.append(_mean_row(arm, metric, k, per_concept, group_of))
+                scored = averaged.setdefault((metric, k), _scored([row for row, _ in per_concept]))
+                kept = [(row, found) for row, found in per_concept if row["concept"] in scored]
+                rows.append(_mean_row(arm, metric, k, kept, group_of))
     return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
 class _Estimate:
+    """One metric of one (concept, k) in one model, over seeds."""
+
     value: Float[ndarray, "seed"]
     draws: Float[ndarray, "resample"]
     chance: float
     n_cells: int
     n_neurons: int
+    one_cell: float
 
 
-def _side(
-    scores: Sequence[ModelScores],
-    arm: str,
-    metric: str,
-    test_documents: Sequence[Int[ndarray, "document"]],
-    n_resamples: int,
-) -> dict[tuple[str, int], _Estimate]:
-    """Value, bootstrap draws and search size of one model, per (concept, k)."""
-    parts: dict[tuple[str, int], list[tuple[float, ndarray, float]]] = {}
-    cells_of: dict[tuple[str, int], int] = {}
-    d_ff = scores[0].d_ff
-    for model, documents in zip(scores, test_documents, strict=True):
+_Side = dict[str, dict[tuple[str, int], _Estimate]]
+
+
+def _estimates(
+    arm: Arm, scores: Sequence[ModelScores], test_documents: Sequence[Int[ndarray, "document"]], n_resamples: int
+) -> list[Estimates]:
+    """One arm of one model, per seed; seeds that the arm was not run under are missing."""
+    out = []
+    for model, documents in zip(scores, test_documents[: len(scores)], strict=True):
         times = document_multiplicities(len(documents), n_resamples, seed=model.seed).astype(np.float64)
-        best = winners(model.cells, arm, metric)
-        if not len(best):
-            continue
-        sizes = usable(model.cells).groupby(["concept", "k"]).size()
-        keys = list(zip(best.layer, best.expert, best.concept, best.k, strict=True))
-        counts = np.stack([model.counts[key][documents] for key in keys])
-        draws = resampled(counts, times, metric)
-        for i, (key, value, prevalence) in enumerate(zip(keys, best[metric], best.prevalence, strict=True)):
-            at = (key[2], key[3])
-            chance = {"f1": 2 * prevalence / (1 + prevalence), "f1_balanced": 2 / 3, "auroc": 0.5}[metric]
-            parts.setdefault(at, []).append((float(value), draws[i], float(chance)))
-            cells_of[at] = int(sizes[at])
-    return {
-        at: _Estimate(
-            np.array([p[0] for p in found]), np.concatenate([p[1] for p in found]),
-            float(np.mean([p[2] for p in found])), cells_of[at], cells_of[at] * d_ff,
-        )
-        for at, found in parts.items()
-    }  # fmt: skip
+        out.append(arm.estimates(model, documents, times))
+    return [found for found in out if found is not None]
 
 
-def resampled(
-    counts: Float[ndarray, "winner document count"], times: Float[ndarray, "resample document"], metric: str
-) -> Float[ndarray, "winner resample"]:
-    """The metric of every winner under every bootstrap sample of documents.
+def _side(seeds: Sequence[Estimates]) -> _Side:
+    """One arm of one model, seeds put together, by metric and (concept, k)."""
+    parts: dict[str, dict[tuple[str, int], list[Part]]] = {metric: {} for metric in METRICS}
+    for found in seeds:
+        for metric, by_key in found.items():
+            for key, part in by_key.items():
+                parts[metric].setdefault(key, []).append(part)
+    return {metric: {key: _join(found) for key, found in by_key.items()} for metric, by_key in parts.items()}
 
-    F1 and balanced F1 are exact; AUROC is its first-order (Hajek) expansion around the full sample, which
-    needs no re-ranking. NaN where a resample holds only one class.
-    """
-    total = np.matmul(times, counts)
-    tp, fp, fn, tn, placed_pos, placed_neg = (total[..., i] for i in range(len(COUNTS)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if metric == "f1":
-            return 2 * tp / (2 * tp + fp + fn)
-        if metric == "f1_balanced":
-            return f1_balanced(tp / (tp + fn), fp / (fp + tn))
-        full = counts.sum(1)
-        area = full[:, 4] / (full[:, 0] + full[:, 2])
-        return placed_pos / (tp + fn) + placed_neg / (fp + tn) - area[:, None]
+
+def _join(parts: Sequence[Part]) -> _Estimate:
+    last = parts[-1]
+    return _Estimate(
+        np.array([p.value for p in parts]), np.concatenate([p.draws for p in parts]),
+        float(np.mean([p.chance for p in parts])), last.n_cells, last.n_neurons,
+        float(np.mean([p.one_cell for p in parts])),
+    )  # fmt: skip
 
 
 def _row(
@@ -191,6 +138,7 @@ def _fill(
             role: float(estimate.value.mean()) if estimate else np.nan,
             f"{role}_low": float(low), f"{role}_high": float(high),
             f"chance_{role}": estimate.chance if estimate else np.nan,
+            f"one_cell_{role}": estimate.one_cell if estimate else np.nan,
             f"n_cells_{role}": estimate.n_cells if estimate else 0,
             f"n_distinct_neurons_{role}": estimate.n_neurons if estimate else 0,
         }  # fmt: skip
@@ -207,6 +155,12 @@ def _fill(
     }  # fmt: skip
 
 
+def _scored(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Concepts with a number in every model and seed."""
+    n_seeds = max((row["n_seeds"] for row in rows), default=0)
+    return {row["concept"] for row in rows if row["status"] == Status.OK.value and row["n_seeds"] == n_seeds}
+
+
 def _mean_row(
     arm: str,
     metric: str,
@@ -215,10 +169,10 @@ def _mean_row(
     group_of: Mapping[str, str],
 ) -> dict[str, Any]:
     """Average over concept groups, of the concepts that every model could be scored on."""
+    scored = _scored([row for row, _ in per_concept])
     groups: dict[str, list[dict[str, _Estimate]]] = {}
-    n_seeds = max((row["n_seeds"] for row, _ in per_concept), default=0)
     for row, found in per_concept:
-        if row["status"] == Status.OK.value and row["n_seeds"] == n_seeds:
+        if row["concept"] in scored:
             groups.setdefault(group_of[row["concept"]], []).append(found)
     roles = {role for members in groups.values() for found in members for role in found}
     mean = {role: _average([[f[role] for f in members] for members in groups.values()]) for role in roles}
@@ -233,5 +187,5 @@ def _average(groups: Sequence[Sequence[_Estimate]]) -> _Estimate:
     everyone = [e for members in groups for e in members]
     return _Estimate(
         mean(lambda e: e.value), mean(lambda e: e.draws), float(mean(lambda e: e.chance)),
-        max(e.n_cells for e in everyone), max(e.n_neurons for e in everyone),
+        max(e.n_cells for e in everyone), max(e.n_neurons for e in everyone), float(mean(lambda e: e.one_cell)),
     )  # fmt: skip

@@ -115,41 +115,98 @@ class Evaluator:
             rows.append(_probe_row(probe, validate, test))
         return rows
 
-    def document_counts(self, probes: Sequence[Probe], n_documents: int) -> list[Float[np.ndarray, "document count"]]:
+    def document_counts(self, probes: Sequence[Probe], n_documents: int) -> Float[np.ndarray, "probe document count"]:
         """Counts of every test document, for each probe of one cell.
 
-        They are tp, fp, fn, tn and the summed placements of its positives and of its negatives.
+        They are tp, fp, fn, tn, and the summed placements of its positives and of its negatives.
 
         The placement of a positive is the share of all negatives it outranks (ties count half), and the other
         way round; their means are both the AUROC. From these six sums F1 is exact and AUROC first-order
         correct under any resampling of documents.
         """
         cell = self._cell(probes[0].layer, probes[0].expert)
-        test = cell.split == Split.TEST.value
-        everything = cell.logits(probes)
-        out = []
-        for i, probe in enumerate(probes):
-            here = np.flatnonzero(test & cell.in_scope[:, probe.concept].numpy())
-            logit, truth = everything[here, i], cell.labels[here, probe.concept].numpy()
-            document, yes, placement = cell.document[here].numpy(), logit >= 0, placements(logit, truth)
-            columns = [truth & yes, ~truth & yes, truth & ~yes, ~truth & ~yes, placement * truth, placement * ~truth]
-            out.append(np.stack([np.bincount(document, c, minlength=n_documents) for c in columns], 1))
+        test = np.flatnonzero(cell.split == Split.TEST.value)
+        at, document = np.unique(cell.document[test].numpy(), return_inverse=True)
+        out = np.zeros((len(probes), n_documents, len(COUNTS)))
+        for start in range(0, len(probes), _CHUNK):
+            some = probes[start : start + _CHUNK]
+            concepts = [p.concept for p in some]
+            truth = (cell.labels & cell.in_scope)[test][:, concepts].numpy()
+            used = cell.in_scope[test][:, concepts].numpy()
+            out[start : start + len(some), at] = _counts_by_document(cell.logits(some)[test], truth, used, document)
         return out
 
+    def class_counts(
+        self, n_documents: int, layer: int | None = None, expert: int | None = None
+    ) -> Float[np.ndarray, "document concept class"]:
+        """Eligible tokens of every validate and test document that are positive, and that are negative.
 
-def placements(score: Float[np.ndarray, "row"], truth: Bool[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
-    """Share of the other class that each row is on the right side of, ties counted half."""
-    pos, neg = np.sort(score[truth]), np.sort(score[~truth])
-    out = np.zeros(len(score))
-    if len(pos) == 0 or len(neg) == 0:
-        return out
+        Args:
+            layer, expert: count only the tokens that visit this expert.
+        """
+        tokens = self.rows.tokens
+        if layer is None or expert is None:
+            token = tokens.eligible.nonzero().squeeze(1)
+        else:
+            token = self.rows.rows(layer, expert).token
+        labels, in_scope = tokens.labels[token], tokens.in_scope[token]
+        both = torch.stack([labels & in_scope, in_scope & ~labels], -1).float()
+        counts = torch.zeros(n_documents, *both.shape[1:])
+        return counts.index_add_(0, tokens.document[token], both).double().numpy()
 
-    def below(sorted_: np.ndarray, at: np.ndarray) -> np.ndarray:
-        return (np.searchsorted(sorted_, at, "left") + np.searchsorted(sorted_, at, "right")) / 2 / len(sorted_)
 
-    out[truth] = below(neg, score[truth])
-    out[~truth] = 1 - below(pos, score[~truth])
+def _counts_by_document(
+    logit: Float[np.ndarray, "row probe"],
+    truth: Bool[np.ndarray, "row probe"],
+    used: Bool[np.ndarray, "row probe"],
+    document: Int[np.ndarray, "row"],
+) -> Float[np.ndarray, "probe document count"]:
+    """The counts of ``Evaluator.document_counts``; documents are numbered without gaps."""
+    n_probes, n_documents = logit.shape[1], int(document.max(initial=-1)) + 1
+    at = (np.arange(n_probes) * n_documents + document[:, None]) * 4 + np.where(logit >= 0, 0, 2) + ~truth
+    placed = placements(logit, truth, used)
+    outcomes = np.bincount(at[used], minlength=4 * n_probes * n_documents)
+    placed = np.bincount((at // 4 * 2 + ~truth)[used], placed[used], minlength=2 * n_probes * n_documents)
+    shape = (n_probes, n_documents, -1)
+    return np.concatenate([outcomes.reshape(shape), placed.reshape(shape)], -1)
+
+
+def placements(
+    score: Float[np.ndarray, "row *problem"],
+    truth: Bool[np.ndarray, "row *problem"],
+    used: Bool[np.ndarray, "row *problem"] | None = None,
+) -> Float[np.ndarray, "row *problem"]:
+    """Share of the other class that each row is on the right side of, ties counted half.
+
+    Args:
+        used: rows that belong to each problem, all by default; the others get 0.
+    """
+    used = np.ones(score.shape, bool) if used is None else used
+    order = np.where(used, score, np.inf).argsort(axis=0)
+    ranked, positive, known = (np.take_along_axis(a, order, 0) for a in (score, truth & used, used))
+    new = np.ones(ranked.shape, bool)  # first row of each run of ties
+    new[1:] = (ranked[1:] != ranked[:-1]) | (known[1:] != known[:-1])
+    below = [_middle_of_ties(member, new) for member in (positive, known & ~positive)]
+    n_pos, n_neg = positive.sum(0), (known & ~positive).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        placed = np.where(positive, below[1] / n_neg, 1 - below[0] / n_pos)
+    placed = np.where(known & (n_pos > 0) & (n_neg > 0), placed, 0.0)
+    out = np.empty_like(placed)
+    np.put_along_axis(out, order, placed, 0)
     return out
+
+
+def _middle_of_ties(
+    member: Bool[np.ndarray, "row *problem"], new: Bool[np.ndarray, "row *problem"]
+) -> Float[np.ndarray, "row *problem"]:
+    """Members below each row in sorted order, those tied with it counted half."""
+    through = member.cumsum(0)
+    before = np.maximum.accumulate(np.where(new, through - member, 0), axis=0)  # cumulative, so the last start wins
+    last = np.ones(new.shape, bool)
+    last[:-1] = new[1:]
+    end = np.where(last, through, np.iinfo(through.dtype).max)
+    after = np.minimum.accumulate(end[::-1], axis=0)[::-1]
+    return (before + after) / 2
 
 
 def _split_numbers(

@@ -3,7 +3,7 @@
 lens, dense = ml.load("bundled:tiny-moe"), ml.load("bundled:tiny-dense")
 p = ml.probe(lens, ml.corpus("bundled:"), baseline=dense, out="runs/a")
 p.cells          # one row per (model, seed, layer, expert, concept, k)
-p.comparison     # the arms: raw and held-out, MoE, dense, gap, interval
+p.comparison     # the arms (METRICS 1.3): MoE, dense, gap, interval
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from moe_lens.corpus.batches import Tokenized, tokenize
 from moe_lens.corpus.concepts import Concept, concepts_for
 from moe_lens.corpus.splits import code_of
 from moe_lens.errors import BadConfig, BadOutput, OutOfRange
-from moe_lens.probing.compare import ModelScores, compare
+from moe_lens.probing.arms import REGISTRY, Evidence, ModelScores
+from moe_lens.probing.compare import compare
 from moe_lens.probing.result import Probes
 from moe_lens.probing.scan import scan
 from moe_lens.probing.select import RANKINGS
@@ -261,6 +262,10 @@ def _write_part(part: Path, scores: ModelScores) -> None:
     with replacing(part.with_suffix(".npz")) as temporary, open(temporary, "wb") as handle:
         np.savez_compressed(handle, counts=values, d_ff=scores.d_ff)
     write_table(part.with_suffix(".keys.parquet"), keys)
+    for name, evidence in scores.evidence.items():
+        with replacing(part.with_suffix(f".{name}.npz")) as temporary, open(temporary, "wb") as handle:
+            np.savez_compressed(handle, counts=evidence.counts)
+        write_table(part.with_suffix(f".{name}.parquet"), evidence.frame)
     write_table(part.with_suffix(".cells.parquet"), scores.cells)
 
 
@@ -271,7 +276,12 @@ def _read_part(part: Path, role: Role, seed: int) -> ModelScores | None:
     with np.load(part.with_suffix(".npz")) as stored:
         counts, d_ff = stored["counts"], int(stored["d_ff"])
     names = zip(keys.layer.tolist(), keys.expert.tolist(), keys.concept.tolist(), keys.k.tolist(), strict=True)
-    return ModelScores(role.value, seed, d_ff, cells, dict(zip(names, counts, strict=True)))
+    evidence = {}
+    for name in REGISTRY:
+        if (frame := part.with_suffix(f".{name}.parquet")).exists():
+            with np.load(part.with_suffix(f".{name}.npz")) as stored:
+                evidence[name] = Evidence(pd.read_parquet(frame), stored["counts"])
+    return ModelScores(role.value, seed, d_ff, cells, dict(zip(names, counts, strict=True)), evidence)
 
 
 def _finished(run: Run, request: dict[str, Any], resume: bool) -> Probes | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from moe_lens.errors import BadConfig
-from moe_lens.probing.compare import ARMS, MEAN, METRICS, usable, winners
+from moe_lens.probing.arms import LADDER, METRICS, usable, winners
+from moe_lens.probing.compare import MEAN
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -39,7 +40,10 @@ class Probes:
         return self.cells[["model", "role"]].drop_duplicates().shape[0] > 1
 
     def arms(self, *, metric: str = "f1", k: int | None = None) -> pd.DataFrame:
-        """Mean over concepts of every arm, for one metric and one k (default: the smallest).
+        """Mean over concepts of every arm that was run, in the order of METRICS 1.3.
+
+        Args:
+            k: the smallest by default.
 
         Raises:
             BadConfig: a metric or k that was not computed.
@@ -49,7 +53,7 @@ class Probes:
         if metric not in METRICS or k not in set(table.k):
             raise BadConfig(f"no arm with metric {metric!r} and k {k}: metrics {METRICS}, k {sorted(set(table.k))}")
         chosen = table[(table.concept == MEAN) & (table.metric == metric) & (table.k == k)]
-        return chosen.set_index("arm").loc[list(ARMS)].reset_index()
+        return chosen.sort_values("arm", key=lambda arm: arm.map(LADDER.index), ignore_index=True)
 
     def best(self, *, arm: str = "held_out", k: int = 1, metric: str = "f1") -> pd.DataFrame:
         """Best cell and neurons per (role, concept): which expert's neuron carries which concept.
@@ -68,7 +72,9 @@ class Probes:
         k = int(self.comparison.k.min())
         arms = {}
         for row in self.comparison[(self.comparison.concept == MEAN) & (self.comparison.k == k)].itertuples():
-            fields = ("moe", "dense", "gap", "ci_low", "ci_high", "chance_moe", "chance_dense")
+            fields = ["moe", "dense", "gap", "ci_low", "ci_high", "chance_moe", "chance_dense"]
+            if row.arm == "homogeneous":
+                fields += ["one_cell_moe", "one_cell_dense"]
             arms.setdefault(row.arm, {})[row.metric] = {name: _plain(getattr(row, name)) for name in fields}
         counts = self.cells.status.value_counts().to_dict()
         models = self.cells[["role", "model"]].drop_duplicates()
@@ -83,26 +89,36 @@ class Probes:
         }
 
     def finding(self) -> str:
-        """The comparison in one sentence, with its interval."""
+        """The comparison in plain English: the raw gap, and what each arm leaves of it. Never raw alone."""
         k = int(self.comparison.k.min())
-        raw, held = (row for _, row in self.arms(metric="f1", k=k).iterrows())
+        f1: dict[Any, Any] = {row.arm: row for row in self.arms(metric="f1", k=k).itertuples()}
+        raw, held = f1["raw"], f1["held_out"]
         if math.isnan(held.moe):
             return f"No concept has enough tokens and documents to score a k={k} probe: use a larger corpus."
-        if not self.has_baseline:
-            return (
-                f"Best k={k} neuron per concept, held out: mean F1 {held.moe:.3f} "
-                f"[{held.moe_low:.3f}, {held.moe_high:.3f}] (always-positive {held.chance_moe:.3f}); "
-                f"chosen on the test data it would read {raw.moe:.3f}."
-            )
-        if math.isnan(held.gap):
+        if self.has_baseline and math.isnan(held.gap):
             return "The two models share no concept with enough tokens to compare: use a larger corpus."
-        verdict = "above" if held.ci_low > 0 else "below" if held.ci_high < 0 else "not distinguishable from"
-        return (
-            f"Raw k={k} F1 gap, MoE minus dense: {raw.gap:+.3f} [{raw.ci_low:+.3f}, {raw.ci_high:+.3f}]; with the "
-            f"cell chosen on other documents: {held.gap:+.3f} [{held.ci_low:+.3f}, {held.ci_high:+.3f}], {verdict} "
-            f"zero. The MoE still searches {held.n_cells_moe} cells against {held.n_cells_dense}: neither number shows "
-            f"that its neurons are cleaner."
-        )
+        alike, routed = f1.get("homogeneous"), f1.get("routing_only")
+        parts = [_raw_gap(k, raw)] if self.has_baseline else [_own_score(k, held)]
+        if not self.has_baseline:
+            parts.append(f"chosen on the test data it would read {raw.moe:.3f}")
+            if alike is not None:
+                parts[-1] += f", and {alike.moe:.3f} if all cells were alike"
+        elif alike is not None:
+            parts.append(_search(alike))
+        if self.has_baseline:
+            parts.append(_held_out(held))
+        if routed is not None:
+            auroc = {row.arm: row for row in self.arms(metric="auroc", k=k).itertuples()}["routing_only"]
+            parts.append(
+                f"routing alone, without any neuron, reaches AUROC {auroc.moe:.3f} and, over all tokens, "
+                f"F1 {routed.moe:.3f} ({routed.chance_moe:.3f} by always saying yes)"
+            )
+        if self.has_baseline:
+            parts.append(
+                f"the MoE still searches {held.n_cells_moe} cells against {held.n_cells_dense}, so this does "
+                f"not show that its neurons are cleaner"
+            )
+        return "; ".join(parts) + "."
 
     def plot(self, *, arm: str = "held_out", metric: str = "f1", k: int = 1) -> go.Figure:
         """Per-concept scatter, dense against MoE (or F1 against the always-positive F1 without a baseline)."""
@@ -131,6 +147,34 @@ class Probes:
         columns = ["arm", "metric", "k", "moe", "dense", "gap", "ci_low", "ci_high", "chance_moe", "chance_dense"]
         table = self.arms(metric="f1")[columns].to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
         return f"<p>{escape(self.finding())}</p>{table}"
+
+
+def _raw_gap(k: int, raw: Any) -> str:
+    return f"Raw k={k} F1 gap, MoE minus dense: {raw.gap:+.3f} [{raw.ci_low:+.3f}, {raw.ci_high:+.3f}]"
+
+
+def _own_score(k: int, held: Any) -> str:
+    return (
+        f"Best k={k} neuron per concept, held out: mean F1 {held.moe:.3f} [{held.moe_low:.3f}, {held.moe_high:.3f}] "
+        f"(always-positive {held.chance_moe:.3f})"
+    )
+
+
+def _search(alike: Any) -> str:
+    """The gap between cells that are all alike, and the part of it that exists only because the best is taken."""
+    lift = (alike.moe - alike.one_cell_moe) - (alike.dense - alike.one_cell_dense)
+    return (
+        f"if all cells of a model were alike the same search would still show {alike.gap:+.3f} "
+        f"({lift:+.3f} of it by picking the best cell)"
+    )
+
+
+def _held_out(held: Any) -> str:
+    verdict = "above" if held.ci_low > 0 else "below" if held.ci_high < 0 else "not distinguishable from"
+    return (
+        f"with the cell chosen on other documents {held.gap:+.3f} [{held.ci_low:+.3f}, {held.ci_high:+.3f}] is left, "
+        f"{verdict} zero"
+    )
 
 
 def _plain(value: float) -> float | None:

@@ -3,7 +3,7 @@
 1. Stream the select documents, a group of layers at a time: moments of every (cell, concept, neuron), and rows.
 2. Rank neurons, fit k = 1 everywhere; fit larger k in the best cells of each concept.
 3. Stream the validate and test documents once, keeping only the neurons that some probe reads.
-4. Score every probe; keep per-document counts of the cells that an arm reports.
+4. Score every probe; keep per-document counts of what the arms report.
 
 Every document goes through the model once per group of layers for step 1 and once in all for step 3.
 """
@@ -24,7 +24,8 @@ from moe_lens.capture.stream import stream
 from moe_lens.capture.tokens import TokenTable
 from moe_lens.corpus.batches import Batches, Tokenized, batches
 from moe_lens.corpus.splits import SPLITS
-from moe_lens.probing.compare import ModelScores, WinnerKey, winner_keys
+from moe_lens.probing.arms import ModelScores, Scanned, collect, winner_keys
+from moe_lens.probing.arms.base import WinnerKey
 from moe_lens.probing.evaluate import Evaluator, columns_needed
 from moe_lens.probing.fit import LayerFitter, Probe
 from moe_lens.probing.memory import layer_groups
@@ -101,18 +102,25 @@ def scan(
     probes = _best_cells_only(probes, settings)
     evaluator, n = _evaluation_rows(lens, tokenized, settings, layers, scopes, probes, routing, role, progress)
     cells = _score(evaluator, probes, tokenized, role, progress)
-    concept_number = {c.name: i for i, c in enumerate(tokenized.concepts)}
-    wanted = {(a, b, concept_number[c], d): (a, b, c, d) for a, b, c, d in winner_keys(cells)}
-    reported: dict[tuple[int, int], list[Probe]] = {}
-    for probe in probes:
-        if (probe.layer, probe.expert, probe.concept, probe.k) in wanted:
-            reported.setdefault((probe.layer, probe.expert), []).append(probe)
-    kept: dict[WinnerKey, np.ndarray] = {}
-    for members in reported.values():
-        for probe, counts in zip(members, evaluator.document_counts(members, n_documents), strict=True):
-            kept[wanted[probe.layer, probe.expert, probe.concept, probe.k]] = counts
+    addresses = list(experts) if experts else [(a.layer, e) for a in layers for e in range(a.n_experts)]
+    names = [c.name for c in tokenized.concepts]
+    scanned = Scanned(evaluator, probes, cells, sorted(addresses), names, n_documents)
     d_ff = max(layer.d_ff for layer in layers)
-    return Scan(ModelScores(role.value, settings.seed, d_ff, cells, kept), routing, n_tokens + n, len(groups))
+    scores = ModelScores(role.value, settings.seed, d_ff, cells, _winner_counts(scanned), collect(scanned))
+    return Scan(scores, routing, n_tokens + n, len(groups))
+
+
+def _winner_counts(scanned: Scanned) -> dict[WinnerKey, np.ndarray]:
+    """Per-document counts of the cells that an arm chose."""
+    wanted = winner_keys(scanned.cells)
+    counts: dict[WinnerKey, np.ndarray] = {}
+    for (layer, expert), probes in scanned.usable_probes.items():
+        keys = [(layer, expert, scanned.concepts[p.concept], p.k) for p in probes]
+        chosen = [i for i, key in enumerate(keys) if key in wanted]
+        if chosen:
+            found = scanned.evaluator.document_counts([probes[i] for i in chosen], scanned.n_documents)
+            counts |= {keys[i]: c for i, c in zip(chosen, found, strict=True)}
+    return counts
 
 
 def _batches(tokenized: Tokenized, split: Split, settings: ProbeSettings) -> Batches:

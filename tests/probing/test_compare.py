@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_lens.probing.compare import MEAN, ModelScores, compare, resampled, winners
+from moe_lens.probing.arms import ModelScores, winners
+from moe_lens.probing.arms.best_cell import resampled
+from moe_lens.probing.compare import MEAN, compare
 from moe_lens.stats import document_multiplicities
 from moe_lens.types import Granularity
 

@@ -55,10 +55,10 @@ def test_numbers_are_there_exactly_where_the_status_says_so(result):
     assert (result.cells.n_pos_select[good] >= 50).all()
 
 
-def test_both_arms_come_with_the_always_positive_f1_and_intervals(result):
+def test_the_arms_come_with_the_always_positive_f1_and_intervals(result):
     arms = result.arms(metric="f1")
-    assert arms.arm.tolist() == ["raw", "held_out"]
-    assert arms.moe.to_numpy()[0] >= arms.moe.to_numpy()[1]
+    assert arms.arm.tolist() == ["raw", "homogeneous", "held_out", "routing_only"]
+    assert arms.moe[0] >= arms.moe[2]
     assert arms.chance_moe.between(0.1, 0.9).all()
     assert (arms.ci_low <= arms.gap + 0.05).all()
     assert (arms.ci_high >= arms.gap - 0.05).all()
