@@ -78,6 +78,7 @@ def check_models(settings: ProbeConfig) -> list[Spec]:
     """
     import moe_lens
     from moe_lens.models.load import require_moe
+    from moe_lens.models.source import refuse_quantised
 
     check_output(settings.output)
 
@@ -93,7 +94,11 @@ def check_models(settings: ProbeConfig) -> list[Spec]:
     require_moe(spec)
     check_layers(spec, settings.layers)
     expert_addresses(spec, settings.layers, settings.experts)
-    return [spec, *([spec_of(settings.baseline, None)] if settings.baseline else [])]
+    if not settings.baseline:
+        return [spec]
+    baseline = spec_of(settings.baseline, None)
+    refuse_quantised(baseline.name, baseline.quantisation)
+    return [spec, baseline]
 
 
 def check_output(output: Path | None) -> None:

@@ -107,7 +107,18 @@ def spec(found: Spec) -> None:
     layers = [[layers, *map(str, kind)] for layers, kind in _runs_of_layers(found)]
     table("", [">layers", "kind", ">experts", ">top-k", ">neurons each", ">shared", "gated"], layers)
     if found.suggested_baseline:
-        typer.echo(f"A dense model to compare with (--baseline): {found.suggested_baseline}")
+        typer.echo(f"A dense model to compare with (--baseline): {found.suggested_baseline}{_caveat(found)}")
+
+
+def _caveat(found: Spec) -> str:
+    """What the suggested baseline is and is not; only the bundled twin needs no size."""
+    from moe_lens.models.families import DENSE_PARAMETERS
+
+    size = DENSE_PARAMETERS.get(found.suggested_baseline or "")
+    if size is None:
+        return ", trained on the same data with the same active width"
+    sizes = f"{count(size)} parameters against {count(found.active_parameters)} active"
+    return f"\n  similar in data or family, not matched in size: {sizes}"
 
 
 def _facts(found: Spec) -> dict[str, str]:
@@ -125,7 +136,9 @@ def _facts(found: Spec) -> dict[str, str]:
         "shared experts": f"{'/'.join(map(str, sorted(shared)))} neurons that every token visits" if shared else "",
         "gate": (str(found.gate) if found.gate else norm[found.norm_topk_prob]) if found.is_moe else "",
         "context": "" if found.max_positions is None else f"{found.max_positions:,} tokens",
-        "quantisation": "" if found.quantisation is None else f"{found.quantisation} (dequantise before loading)",
+        "quantisation": ""
+        if found.quantisation is None
+        else f"{found.quantisation} (needs plain weights to be loaded)",
     }
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moe_lens.models.lens import Lens
 
 GRADIENT_TOKENS = 16
+NOT_FINITE = "not tried: needs finite numbers"
 
 
 def capabilities(found: Evidence, free_bytes: int) -> dict[str, str]:
@@ -28,8 +29,8 @@ def capabilities(found: Evidence, free_bytes: int) -> dict[str, str]:
         "family": f"{lens.spec.architecture} ({lens.spec.model_type})",
         "layers": _layers(lens),
         "experts": _experts(found),
-        "gate": str(checks.gate_rule(*found.moe[0]) or "of no known form"),
-        "choice": checks.explain(*found.moe[0], lens.model.config)[0],
+        "gate": str(checks.gate_rule(*found.moe[0]) or "of no known form") if found.is_finite else NOT_FINITE,
+        "choice": checks.explain(*found.moe[0], lens.model.config)[0] if found.is_finite else NOT_FINITE,
         "parameters": f"{lens.spec.total_parameters:,}, {lens.spec.active_parameters:,} active per token",
         "dtype": ", ".join(f"{dtype} ({n} tensors)" if len(dtypes) > 1 else dtype for dtype, n in dtypes.items()),
         "quantisation": lens.spec.quantisation or "none",
@@ -98,6 +99,8 @@ def _gradients(found: Evidence, free_bytes: int) -> str:
 
 def _generation(found: Evidence) -> str:
     """Two tokens with a key-value cache, against the greedy tokens of whole passes."""
+    if not found.is_finite:
+        return NOT_FINITE
     model, prompt = found.lens.model, found.ids[:, :8]
     try:
         with torch.no_grad():

@@ -7,16 +7,16 @@ operations than the model's, `TOLERANCE` holds, relative to the size of what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lens.models import families, gates
 from moe_lens.models.evidence import Evidence, Witness
+from moe_lens.models.source import N_EXPERTS_KEYS, numbers
 from moe_lens.types import ExpertTap, Role
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, tor
 """Relative error that rounding explains: about four roundings of a value (bfloat16 has a step of 2^-7), and in
 float32 the error of a sum over a few thousand terms in another order."""
 
-N_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 WIDTH_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size", "intermediate_size")
 OUTPUT_KEYS = (*families.D_MODEL_KEYS, "moe_latent_size", "moe_hidden_size")
 ROWS_PER_LAYER = 4
@@ -89,29 +88,38 @@ def tokenizer(lens: Lens, text: str) -> Check:
     back = lens.tokenizer.decode(ids, skip_special_tokens=True)
     left, right = "".join(text.split()), "".join(back.split())
     wrong = abs(len(left) - len(right)) + sum(a != b for a, b in zip(left, right, strict=False))
-    n_rows = lens.model.get_input_embeddings().num_embeddings
-    unknown = sum(token >= n_rows for token in ids)
+    unknown = sum(token >= n_embedded(lens) for token in ids)
     return judged(
         name, wrong + unknown, 0, f"{len(ids)} tokens; {wrong} characters differ when decoded, {unknown} unknown ids",
         "the tokenizer does not fit the model, so tokens in results would be wrong: use both of one release",
     )  # fmt: skip
 
 
+def n_embedded(lens: Lens) -> int:
+    """Token ids that have an embedding."""
+    return int(lens.model.get_input_embeddings().num_embeddings)
+
+
 def finite(found: Evidence) -> Check:
     """No NaN or infinity in logits, activations, outputs or router logits."""
-    bad, where = _n_bad(found.clean), "the logits" if _n_bad(found.clean) else ""
-    for tap in (*found.taps.values(), *found.shared.values()):
-        in_tap = sum(_n_bad(t) for t in (tap.activation, tap.output, tap.weight, tap.router_logits) if t is not None)
-        where = where or (f"layer {tap.layer}" if in_tap else "")
-        bad += in_tap
+    counts = found.not_finite
+    bad, where = sum(counts.values()), next((place for place, n in counts.items() if n), "")
+    lost = first_not_finite(found.lens.model) if bad else None
+    advice = "load with another --dtype (bfloat16 instead of float16)"
+    if lost is not None:
+        too_large = f", or {advice}" if found.lens.model.dtype is torch.float16 else ""
+        advice = f"the weights themselves hold some (first: {lost}), so download the checkpoint again{too_large}"
     return judged(
         "finite", bad, 0, f"logits and taps of {len(found.taps)} MoE layers" + (f"; first in {where}" if where else ""),
-        "NaN or infinity would spread into every statistic: load with another --dtype (bfloat16 instead of float16)",
+        f"NaN or infinity would spread into every statistic: {advice}",
     )  # fmt: skip
 
 
-def _n_bad(values: Tensor) -> int:
-    return int((~torch.isfinite(values)).sum())
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer in memory with NaN or infinity."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    in_memory = ((n, t) for n, t in named if t.is_floating_point() and t.device.type != "meta")
+    return next((name for name, tensor in in_memory if not bool(tensor.isfinite().all())), None)
 
 
 def widths(found: Evidence) -> Check:
@@ -124,7 +132,7 @@ def widths(found: Evidence) -> Check:
             "activation": (tap.d_ff, WIDTH_KEYS), "output": (tap.output.shape[-1], OUTPUT_KEYS),
         }  # fmt: skip
         for what, (value, keys) in measured.items():
-            named = _numbers(config, keys)
+            named = numbers(config, keys)
             if what == "experts":  # LongCat-Flash counts experts without weights apart
                 named |= {n + (getattr(config, "zero_expert_num", 0) or 0) for n in named}
             if named and value not in named:
@@ -136,12 +144,6 @@ def widths(found: Evidence) -> Check:
         "the taps have another shape than the config says, so addresses such as L7.E12 may name the wrong thing: "
         "check config.json, and report it if that is right",
     )  # fmt: skip
-
-
-def _numbers(config: Any, keys: Iterable[str]) -> set[int]:
-    values = [getattr(config, key, None) for key in keys]
-    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
-    return {v for v in flat if isinstance(v, int) and not isinstance(v, bool)}
 
 
 def block_output(found: Evidence) -> Check:

@@ -118,11 +118,15 @@ def doctor(
     Raises:
         NotAnMoE: a dense model.
         OutOfRange: an expert that the model does not have.
-        BadConfig: every expert of a layer is named.
+        BadConfig: every expert of a layer is named, a `lens.edit` block is open, or a text without a tokenizer.
         BadCorpus: a text without two tokens.
     """
     lens = model if isinstance(model, Lens) else load(model)
     require_moe(lens.spec)
+    if lens.is_edited:
+        raise BadConfig("doctor examines the model as it is, but an edit is open: leave the lens.edit block first")
+    if text is not None and lens.tokenizer is None:
+        raise BadConfig("the lens has no tokenizer to read the text with: leave the text out, or give Lens a tokenizer")
     chosen = None if experts is None else to_ablate(lens.spec, experts)
     ids = _tokens(lens, TEXT if text is None else text)
     found = gather(lens, ids)
@@ -133,19 +137,27 @@ def doctor(
         lambda: checks.tokenizer(lens, TEXT if text is None else text),
         lambda: checks.finite(found),
         lambda: checks.widths(found),
-        lambda: reruns.logits_equal(found, "grouped_mm"),
-        lambda: reruns.logits_equal(found, "eager"),
-        lambda: reruns.logits_equal_in_bfloat16(found, free),
-        lambda: checks.block_output(found),
-        lambda: checks.row_by_row(found),
-        lambda: checks.router_order(found),
-        lambda: checks.choice(found),
-        *[lambda at=address: reruns.ablation(found, at) for address in chosen],
+        *[lambda at=name, step=step: step() if found.is_finite else checks.skipped(at, "needs finite numbers")
+          for name, step in _comparisons(found, chosen, free).items()],
         lambda: reruns.restored(found),
-    ]
+    ]  # fmt: skip
     bar = tqdm(steps, desc="doctor", unit="check", leave=False, disable=None if progress else True)
     lines = tuple(step() for step in bar)
     return Diagnosis(lens.name, lens.revision, lines, capabilities(found, free))
+
+
+def _comparisons(found: Evidence, experts: Sequence[ExpertAddress], free_bytes: int) -> dict[str, Callable[[], Check]]:
+    """The lines that compare numbers, by name; NaN would fail each of them without saying why."""
+    return {
+        "logits, grouped_mm": lambda: reruns.logits_equal(found, "grouped_mm"),
+        "logits, eager": lambda: reruns.logits_equal(found, "eager"),
+        "logits, bfloat16": lambda: reruns.logits_equal_in_bfloat16(found, free_bytes),
+        "block output": lambda: checks.block_output(found),
+        "row by row": lambda: checks.row_by_row(found),
+        "router": lambda: checks.router_order(found),
+        "choice": lambda: checks.choice(found),
+        **{f"ablation {at}": lambda at=at: reruns.ablation(found, at) for at in experts},
+    }
 
 
 def to_ablate(spec: Spec, experts: Sequence[str | ExpertAddress]) -> tuple[ExpertAddress, ...]:
@@ -179,13 +191,15 @@ def to_ablate(spec: Spec, experts: Sequence[str | ExpertAddress]) -> tuple[Exper
 
 
 def _tokens(lens: Lens, text: str) -> Int[torch.Tensor, "1 seq"]:
-    if lens.tokenizer is None:  # any ids serve the comparisons
-        count = min(MAX_TOKENS, lens.spec.max_positions or MAX_TOKENS, lens.spec.vocab_size)
-        return torch.arange(count, device=lens.device)[None]
-    ids = lens.tokenizer(text, verbose=False)["input_ids"][: min(MAX_TOKENS, lens.spec.max_positions or MAX_TOKENS)]
+    n_rows, most = checks.n_embedded(lens), min(MAX_TOKENS, lens.spec.max_positions or MAX_TOKENS)
+    any_ids = torch.arange(min(most, n_rows), device=lens.device)[None]
+    if lens.tokenizer is None:
+        return any_ids
+    ids = lens.tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise BadCorpus("the text has fewer than two tokens: give a sentence")
-    return torch.tensor([ids], device=lens.device)
+    known = [token for token in ids if token < n_rows][:most]  # the tokenizer's own line reports the others
+    return torch.tensor([known], device=lens.device) if len(known) > 1 else any_ids
 
 
 def _busiest(found: Evidence) -> tuple[ExpertAddress, ...]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,19 @@ class Evidence:
     seconds: float
     """Time of the tapped pass."""
 
+    @cached_property
+    def not_finite(self) -> dict[str, int]:
+        """NaN and infinities by place: each layer's taps, then the logits."""
+        places = dict.fromkeys((f"layer {layer}" for layer in sorted({*self.taps, *self.shared})), 0)
+        for tap in (*self.taps.values(), *self.shared.values()):
+            tensors = (tap.activation, tap.output, tap.weight, tap.router_logits)
+            places[f"layer {tap.layer}"] += sum(_n_not_finite(t) for t in tensors if t is not None)
+        return {**places, "the logits": _n_not_finite(self.clean)}
+
+    @property
+    def is_finite(self) -> bool:
+        return not any(self.not_finite.values())
+
     @property
     def moe(self) -> list[tuple[Witness, ExpertTap]]:
         return [(self.witnesses[layer], tap) for layer, tap in self.taps.items()]
@@ -92,6 +106,10 @@ class State:
         )  # fmt: skip
         marked = tuple(n for n, m in model.named_modules() if any(k.startswith("_moe_lens") for k in vars(m)))
         return cls(dict(model.get_experts_implementation()), sum(hooks), marked)
+
+
+def _n_not_finite(values: Tensor) -> int:
+    return int((~torch.isfinite(values)).sum())
 
 
 def gather(lens: Lens, ids: Int[Tensor, "1 seq"]) -> Evidence:

@@ -70,6 +70,21 @@ BASELINES = {
 """A dense model of similar data or active size for ``--baseline``: a suggestion, never a matched control."""
 
 
+DENSE_PARAMETERS = {
+    "allenai/OLMo-1B-0724-hf": 1.28e9,
+    "allenai/OLMo-2-1124-7B": 7.3e9,
+    "mistralai/Mistral-7B-v0.1": 7.24e9,
+    "Qwen/Qwen1.5-1.8B": 1.84e9,
+    "Qwen/Qwen3-4B-Base": 4.02e9,
+    "ibm-granite/granite-3.0-2b-base": 2.63e9,
+    "deepseek-ai/deepseek-llm-7b-base": 6.91e9,
+    "microsoft/Phi-3.5-mini-instruct": 3.82e9,
+    "baidu/ERNIE-4.5-0.3B-PT": 0.36e9,
+    "meta-llama/Llama-3.1-8B": 8.03e9,
+}
+"""Parameters of `BASELINES`, rounded, embeddings included."""
+
+
 def first_key(config: Any, keys: tuple[str, ...]) -> int | None:
     """The first of `keys` that `config` sets to a number; a per-layer list gives its maximum."""
     for key in keys:

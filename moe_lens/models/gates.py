@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,10 @@ class GateRule:
     """True when the scores of the chosen experts are divided by their sum."""
     scale: float
     """Factor on every weight (`routed_scaling_factor`); 1 in most families."""
+    groups: tuple[int, int] = (1, 1)
+    """Groups of experts, and how many of them one token may visit; (1, 1) where all are open."""
+    selection_bias: bool = False
+    """True when a bias enters the choice but not the weights."""
 
     def __str__(self) -> str:
         if self.score == "softmax":
@@ -42,9 +46,11 @@ class GateRule:
         else:
             how = f"{self.score}, then top-k" + (", divided by the sum of the chosen" if self.renormalised else "")
         ending = "weights sum to 1" if self.renormalised else "weights not renormalised"
+        choice = f", from {self.groups[1]} of {self.groups[0]} groups" if self.groups[0] > 1 else ""
+        choice += ", chosen with a selection bias" if self.selection_bias else ""
         if abs(self.scale - 1) > 1e-3:
-            return f"{how}, times {self.scale:.4g}"
-        return f"{how} ({ending})"
+            return f"{how}, times {self.scale:.4g}{choice}"
+        return f"{how}{choice} ({ending})"
 
 
 SCORES: dict[str, Scores] = {
@@ -80,12 +86,16 @@ def read_rule(
 
 @torch.no_grad()
 def rule_of_router(
-    router: nn.Module | None, d_model: int, read: Callable[[Any], Sequence[Tensor | None]] | None = None
+    router: nn.Module | None,
+    d_model: int,
+    read: Callable[[Any], Sequence[Tensor | None]] | None = None,
+    holders: Sequence[Any] = (),
 ) -> GateRule | None:
     """The rule of a router that has no weights yet (meta device): run a copy with random ones.
 
-    `read` tells logits, weights and indices in what it returns, where their types do not. None when the router
-    cannot run alone or follows no known rule.
+    `read` tells logits, weights and indices in what it returns, where their types do not. `holders` are the block
+    and the config, which may hold a selection bias and the number of groups; a limit to groups counts only if every
+    choice keeps to it. None when the router cannot run alone or follows no known rule.
     """
     if router is None:
         return None
@@ -104,7 +114,15 @@ def rule_of_router(
         return None
     if type(router).__name__ in families.PROBABILITY_ROUTERS:
         logits = logits.log()
-    return read_rule(logits, index, weight, tolerance=1e-3)
+    rule = read_rule(logits, index, weight, tolerance=1e-3)
+    if rule is None:
+        return None
+    n_groups, kept = groups([router, *holders])
+    group = index // max(1, logits.shape[1] // n_groups)
+    limited = kept < n_groups and all(len(row.unique()) <= kept for row in group)
+    modules = [router, *(holder for holder in holders if isinstance(holder, nn.Module))]
+    biased = any(not name.endswith(".bias") for name, _ in _biases(modules, logits.shape[1]))
+    return replace(rule, groups=(n_groups, kept) if limited else (1, 1), selection_bias=biased)
 
 
 def _call(router: nn.Module, x: Tensor) -> Any:
@@ -180,11 +198,13 @@ def groups(holders: Sequence[Any]) -> tuple[int, int]:
 
 def selection_biases(holders: Sequence[nn.Module], n_logits: int) -> list[Float[Tensor, "expert"]]:
     """Vectors over logits in a router (at any depth) or directly in its block that may enter the choice."""
+    found = _biases(holders, n_logits)
+    return [tensor.detach().reshape(-1).float() for _, tensor in found if tensor.device.type != "meta"]
+
+
+def _biases(holders: Sequence[nn.Module], n_logits: int) -> list[tuple[str, Tensor]]:
     router, *blocks = holders
     tensors = [*router.named_parameters(), *router.named_buffers()]
     for block in blocks:
         tensors += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
-    return [
-        tensor.detach().reshape(-1).float() for name, tensor in tensors
-        if "bias" in name and tensor.numel() == n_logits and tensor.device.type != "meta"
-    ]  # fmt: skip
+    return [("." + name, tensor) for name, tensor in tensors if "bias" in name and tensor.numel() == n_logits]

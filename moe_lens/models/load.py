@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_lens.errors import BadConfig, ModelNotFound, NotAnMoE
+from moe_lens.errors import BadConfig, ModelNotFound, NotAnMoE, UnsupportedModel
 from moe_lens.models import source
 from moe_lens.models.lens import Lens
 from moe_lens.models.seam import KERNELS, Kernel
@@ -27,6 +27,9 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
+
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load(
@@ -47,7 +50,8 @@ def load(
         name: a hub id, a folder, or ``bundled:tiny-moe`` / ``bundled:tiny-dense``.
         dtype: None keeps the checkpoint's own; else bfloat16, float16 or float32.
         device: None means the GPU if there is one, else the CPU. Ignored with `device_map`.
-        device_map: "auto" spreads a large model over GPUs, CPU and disk (accelerate).
+        device_map: "auto", "balanced" or "sequential" spread a large model over GPUs, CPU and disk (accelerate); also
+            a device, or a dict from modules to devices.
         offload_folder: where weights go that `device_map` puts on disk; None means a temporary folder, which is
             removed with the model.
         trust_remote_code: run code that the repository brings; off unless you ask.
@@ -55,11 +59,13 @@ def load(
 
     Raises:
         ModelNotFound: no such model, tokenizer or weights, damaged weights, or the hub cannot be reached.
-        UnsupportedModel: not a causal language model, quantised experts, or transformers is too old.
-        BadConfig: an unknown dtype, device or kernel.
+        UnsupportedModel: not a causal language model, quantised, a package that it needs is not installed, or
+            transformers is too old.
+        BadConfig: an unknown dtype, device, device map or kernel.
     """
     wanted = _dtype(dtype)
     place = _device(device) if device_map is None else None
+    _check_map(device_map)
     if kernel not in KERNELS:
         raise BadConfig(f"unknown kernel {kernel!r}: use one of {', '.join(KERNELS)}")
     where = source.resolve(name)
@@ -130,13 +136,21 @@ def _weights(
             raise ModelNotFound(
                 f"the weights of {where.name!r} do not fit its config.json: use both of one release"
             ) from error
+        if "conversion" in str(error):  # experts are stacked on loading, which fails if one is not there
+            raise ModelNotFound(
+                f"the weights of {where.name!r} lack tensors of some experts or do not fit its config.json: "
+                "download the checkpoint again"
+            ) from error
         raise
+    except ImportError as error:
+        raise UnsupportedModel(source.needs_package(where.name, error)) from error
     model, info = loaded
     missing = sorted(info.get("missing_keys") or ())
     if missing:
+        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
         raise ModelNotFound(
-            f"the weights of {where.name!r} lack {len(missing)} tensors (first: {missing[0]}), which would be random: "
-            "download the checkpoint again"
+            f"the weights of {where.name!r} lack {count} (first: {missing[0]}), "
+            "which would be random: download the checkpoint again"
         )
     return model
 
@@ -167,6 +181,17 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return known
 
 
+def _check_map(device_map: str | dict[str, Any] | None) -> None:
+    if not isinstance(device_map, str) or device_map in DEVICE_MAPS:
+        return
+    try:
+        _device(device_map)
+    except BadConfig as error:
+        raise BadConfig(
+            f"unknown device map {device_map!r}: use {', '.join(DEVICE_MAPS)}, or a device that is there, such as cpu"
+        ) from error
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,4 +201,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise BadConfig(f"unknown device {device!r}: use cpu, cuda or cuda:0") from error
     if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
         raise BadConfig(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} GPUs; use cpu")
+    try:
+        torch.empty(1, device=place).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # meta, or a back end that is not there
+        raise BadConfig(f"device {device!r} cannot hold a model here: use cpu or cuda") from error
     return place

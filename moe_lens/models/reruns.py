@@ -108,7 +108,8 @@ def restored(found: Evidence) -> Check:
     before, after = found.state
     changed = [f.replace("_", " ") for f in State.__dataclass_fields__ if getattr(before, f) != getattr(after, f)]
     again = evidence.native(found.lens, found.ids, found.kernel)
-    difference = float((again - found.clean).abs().max())
+    same = again.eq(found.clean) | (again.isnan() & found.clean.isnan())
+    difference = float((again - found.clean).abs().masked_fill(same, 0).max())
     detail = f"changed: {', '.join(changed)}" if changed else "implementation, hooks and attributes as before"
     return judged(
         "restored", math.inf if changed else difference, 0.0, f"{detail}; logits differ by {difference:.3g}",

@@ -5,8 +5,11 @@ Everything here runs before weights are read, so a wrong name or a broken file c
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +22,15 @@ from moe_lens.models.seam import require_transformers
 log = logging.getLogger("moe_lens")
 
 BUNDLED = "bundled:"
-QUANTISED = ("fp8", "fbgemm_fp8", "finegrained_fp8", "mxfp4", "fp_quant", "compressed-tensors")
+DEQUANTISERS = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+    "metal": "MetalConfig",
+}
+"""quant_method -> the transformers class whose `dequantize=True` gives plain weights on loading."""
+N_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 HUB_PATIENCE = 5.0
 """Seconds to wait for the hub's answer before its cache is used instead."""
 
@@ -136,6 +147,8 @@ def read_config(source: Source, options: Options) -> Any:
             f"transformers {transformers.__version__} cannot read the config of {source.name!r}: "
             f"upgrade transformers or check config.json ({_first_line(error)})"
         ) from error
+    except ImportError as error:
+        raise UnsupportedModel(needs_package(source.name, error)) from error
     check_config(config, source.name)
     return config
 
@@ -158,52 +171,110 @@ def check_config(config: Any, name: str) -> None:
             f"transformers loads {name!r} ({config.model_type}) as no causal language model: give a decoder-only one, "
             "or build the model yourself and pass it to moe_lens.Lens(model, tokenizer)"
         )
+    text = families.text_config(config)
+    top_k, counts = families.first_key(text, families.TOP_K_KEYS), numbers(text, N_EXPERTS_KEYS)
+    n_experts = max(counts, default=0) + (getattr(text, "zero_expert_num", 0) or 0)
+    if top_k is not None and n_experts > 1 and top_k > n_experts:
+        raise UnsupportedModel(
+            f"the config of {name!r} sends each token to {top_k} of {n_experts} experts: correct the number of experts "
+            "per token in config.json"
+        )
+
+
+def numbers(config: Any, keys: Iterable[str]) -> set[int]:
+    """Whole numbers that `config` sets any of `keys` to, those of per-layer lists included."""
+    values = [getattr(config, key, None) for key in keys]
+    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+    return {v for v in flat if isinstance(v, int) and not isinstance(v, bool)}
+
+
+def needs_package(name: str, error: ImportError) -> str:
+    """The sentence for a model whose code imports what is not installed."""
+    named = re.search(r"pip install ['\"]?(?:-U )?([A-Za-z0-9_.\-]+)", str(error))
+    package = named.group(1) if named else error.name
+    if package is None:
+        return f"{name!r} needs a package that is not installed: {_first_line(error)}"
+    return f"{name!r} needs the package {package}, which is not installed: pip install {package}"
 
 
 def quantisation(config: Any) -> str | None:
     """Method that the checkpoint's weights are quantised with, None if they are plain or are dequantised on loading."""
-    found = getattr(config, "quantization_config", None)
+    holders = (config, families.text_config(config))
+    found = next((c for h in holders if (c := getattr(h, "quantization_config", None)) is not None), None)
     if found is None:
         return None
     settings = found if isinstance(found, dict) else found.to_dict()
-    return None if settings.get("dequantize") else str(settings.get("quant_method", "an unnamed method"))
+    bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = settings.get("quant_method") or ("bitsandbytes" if bitsandbytes else "an unnamed method")
+    method = str(getattr(method, "value", method))
+    return None if settings.get("dequantize") and method in DEQUANTISERS else method
 
 
 def refuse_quantised(name: str, method: str | None) -> None:
     """Refuse weights that are no plain matrices.
 
     Raises:
-        UnsupportedModel: `method` stores experts in a form that cannot be tapped.
+        UnsupportedModel: there is a `method`, so the weights are stored in a form that cannot be tapped.
     """
-    if method in QUANTISED:
-        raise UnsupportedModel(
-            f"{name!r} stores its experts in {method}, which cannot be tapped: dequantise it to bfloat16 first"
+    if method is None:
+        return
+    how = "give the original bfloat16 checkpoint"
+    if (quantiser := DEQUANTISERS.get(method)) is not None:
+        how = (
+            f"dequantise it once with transformers (from_pretrained with quantization_config={quantiser}"
+            "(dequantize=True), then save_pretrained) and give that folder"
         )
+    raise UnsupportedModel(f"{name!r} is quantised with {method}, and its neurons cannot be tapped in that form: {how}")
 
 
 def read_tokenizer(source: Source, options: Options) -> Any:
     """The model's tokenizer.
 
     Raises:
-        ModelNotFound: there is none beside the model.
+        ModelNotFound: there is none beside the model, or it is damaged.
+        UnsupportedModel: it needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
     missing = f"{source.name!r} has no tokenizer: put its tokenizer.json and tokenizer_config.json beside the weights"
-    if source.is_folder and not any(
-        (Path(source.location) / file).is_file()
-        for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-    ):
+    if source.is_folder and not _has_tokenizer(source, options):
         raise ModelNotFound(missing)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options.kwargs())
+    except ImportError as error:
+        raise UnsupportedModel(needs_package(f"the tokenizer of {source.name}", error)) from error
     except Exception as error:  # tokenizer back ends raise anything
-        raise ModelNotFound(f"{missing} ({_first_line(error)})") from error
-    if not tokenizer or len(tokenizer) == 0:
+        if not _has_tokenizer(source, options):
+            raise ModelNotFound(f"{missing} ({_first_line(error)})") from error
+        file = _damaged_json(source)
+        what = f"the tokenizer of {source.name!r}" if file is None else f"{file} of {source.name!r}"
+        raise ModelNotFound(f"{what} is damaged: download it again ({_first_line(error)})") from error
+    if not tokenizer or len(tokenizer) <= len(tokenizer.get_added_vocab()):  # special tokens only
         raise ModelNotFound(missing)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _has_tokenizer(source: Source, options: Options) -> bool:
+    """Whether a file that holds a vocabulary is in the folder, or in the cache after a try to fetch it."""
+    if source.is_folder:
+        return any((Path(source.location) / file).is_file() for file in TOKENIZER_FILES)
+    from huggingface_hub import try_to_load_from_cache
+
+    revision = options.revision or "main"
+    cached = (try_to_load_from_cache(source.location, file, revision=revision) for file in TOKENIZER_FILES)
+    return any(isinstance(path, str) for path in cached)
+
+
+def _damaged_json(source: Source) -> str | None:
+    """The first tokenizer file of a folder that is no JSON."""
+    for file in sorted(Path(source.location).glob("*token*.json")) if source.is_folder else ():
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return file.name
+    return None
 
 
 def check_weights(source: Source) -> None:

@@ -98,10 +98,15 @@ class Spec:
 
     @property
     def suggested_baseline(self) -> str | None:
-        """A dense model to compare with: similar in data or size, never a matched control."""
+        """A dense model to compare with, similar in data or family but never a matched control.
+
+        None if none is known whose parameters are within a factor of two of the active ones here.
+        """
         if self.name == "bundled:tiny-moe":
             return "bundled:tiny-dense"
-        return families.BASELINES.get(self.model_type) if self.is_moe else None
+        name = families.BASELINES.get(self.model_type) if self.is_moe else None
+        ratio = families.DENSE_PARAMETERS.get(name or "", 0) / max(1, self.active_parameters)
+        return name if 0.5 <= ratio <= 2 else None
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -118,9 +123,10 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the fields, and what follows from them."""
+        gate = self.gate
         return {
             **asdict(self),
-            "gate": None if self.gate is None else {**asdict(self.gate), "words": str(self.gate)},
+            "gate": None if gate is None else {**asdict(gate), "scale": float(f"{gate.scale:.6g}"), "words": str(gate)},
             "is_moe": self.is_moe,
             "moe_layers": list(self.moe_layers),
             "sparsity": self.sparsity,
@@ -172,6 +178,8 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise UnsupportedModel(source.needs_package(config.model_type, error)) from error
     except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
         raise UnsupportedModel(f"the config of model type {config.model_type!r} describes no model: {error}") from error
 
@@ -183,7 +191,7 @@ def spec_of(model: nn.Module, *, name: str, revision: str | None = None, sites: 
     moe = [site for site in sites if site.role is Role.MOE]
     total = sum(p.numel() for p in model.parameters())
     idle = sum(s.idle_parameters for s in moe) + sum(map(idle_in_attention, model.modules()))
-    gate = rule_of_router(moe[0].router, first_d_model(config), moe[0].read_router) if moe else None
+    gate = _gate(moe[0], config) if moe else None
     norm = getattr(config, "norm_topk_prob", None) if gate is None else gate.renormalised
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return Spec(
@@ -203,6 +211,10 @@ def spec_of(model: nn.Module, *, name: str, revision: str | None = None, sites: 
         active_parameters=total - idle,
         embedding_parameters=sum(p.numel() for p in embedding.parameters()),
     )
+
+
+def _gate(site: Site, config: Any) -> GateRule | None:
+    return rule_of_router(site.router, first_d_model(config), site.read_router, [site.block, config])
 
 
 def _layer_specs(sites: tuple[Site, ...]) -> tuple[LayerSpec, ...]:

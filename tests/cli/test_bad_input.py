@@ -120,10 +120,27 @@ def truncated(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
+def quantised(**settings: object) -> Callable[[Path], object]:
+    return lambda at: edit(at, quantization_config=settings)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "encoder-decoder": (encoder_decoder, ["encoder-decoder", "give a decoder-only"]),
-    "fp8": (lambda at: edit(at, quantization_config={"quant_method": "fp8"}), ["fp8", "dequantise it to bfloat16"]),
-    "mxfp4": (lambda at: edit(at, quantization_config={"quant_method": "mxfp4"}), ["mxfp4", "dequantise it"]),
+    "fp8": (quantised(quant_method="fp8"), ["with fp8", "FineGrainedFP8Config(dequantize=True)", "save_pretrained"]),
+    "mxfp4": (quantised(quant_method="mxfp4"), ["with mxfp4", "Mxfp4Config(dequantize=True)", "save_pretrained"]),
+    "gptq": (quantised(quant_method="gptq", bits=4), ["with gptq", "give the original bfloat16 checkpoint"]),
+    "awq": (quantised(quant_method="awq"), ["with awq", "give the original bfloat16 checkpoint"]),
+    "4 bits": (quantised(quant_method="bitsandbytes", load_in_4bit=True), ["with bitsandbytes", "give the original"]),
+    "8 bits, no method": (quantised(load_in_8bit=True), ["with bitsandbytes", "give the original"]),
+    "an unknown method": (quantised(quant_method="zork"), ["with zork", "give the original bfloat16 checkpoint"]),
+    "no method": (quantised(bits=4), ["an unnamed method", "give the original bfloat16 checkpoint"]),
+    "gptq that claims to dequantise": (quantised(quant_method="gptq", dequantize=True), ["with gptq"]),
+    "too many experts per token": (
+        lambda at: edit(at, num_experts_per_tok=9), ["each token to 9 of 6 experts", "correct the number"],
+    ),
+    "a web page as tokenizer": (
+        lambda at: (at / "tokenizer.json").write_text("<html>"), ["tokenizer.json", "is damaged: download it again"],
+    ),
     "no tokenizer": (no_tokenizer, ["has no tokenizer", "tokenizer.json"]),
     "truncated weights": (truncated, ["model.safetensors", "is damaged: download it again"]),
     "a web page as weights": (
@@ -145,6 +162,72 @@ def test_a_checkpoint_that_cannot_be_used_is_one_sentence(
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     for word in (*expected, "model"):
         assert word in outcome.err
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "gptq"}, {"quant_method": "zork"}, {"bits": 4}])
+def test_inspect_describes_what_cannot_be_loaded(cli: Cli, moe_folder: Path, tmp_path: Path, settings: dict) -> None:
+    folder = shutil.copytree(moe_folder, tmp_path / "model")
+    edit(folder, quantization_config=settings)
+    outcome = cli("inspect", "model")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{settings.get('quant_method', 'an unnamed method')} (needs plain weights" in outcome.out
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
+def test_a_quantised_baseline_is_refused_before_weights_are_read(
+    cli: Cli, moe_folder: Path, dense_folder: Path, text_file: Path, tmp_path: Path, monkeypatch, dry_run: bool
+) -> None:
+    import moe_lens
+
+    monkeypatch.setattr(moe_lens, "load", lambda *_args, **_kwargs: pytest.fail("weights were read first"))
+    edit(shutil.copytree(dense_folder, tmp_path / "twin"), quantization_config={"quant_method": "awq"})
+    words = ("--model", moe_folder, "--baseline", "twin", "--dataset", text_file, *(["--dry-run"] if dry_run else []))
+    outcome = cli("probe", *words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "'twin' is quantised with awq" in outcome.err
+
+
+def test_inspect_refuses_more_experts_per_token_than_there_are(cli: Cli, moe_folder: Path, tmp_path: Path) -> None:
+    edit(shutil.copytree(moe_folder, tmp_path / "model"), num_experts_per_tok=7)
+    outcome = cli("inspect", "model")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "each token to 7 of 6 experts: correct" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_a_package_that_a_model_needs_is_named(cli: Cli, tmp_path: Path, monkeypatch, command: str) -> None:
+    import transformers
+
+    def needs_timm(*_args: object, **_kwargs: object) -> None:
+        raise ImportError("TimmWrapperModel requires the timm library: `pip install timm`. Please restart.")
+
+    transformers.OlmoeConfig(hidden_size=16, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", needs_timm)
+    outcome = cli(command, "model")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "needs the package timm, which is not installed: pip install timm" in outcome.err
+
+
+def test_a_checkpoint_that_lacks_a_tensor_of_one_expert_is_refused(cli: Cli, tmp_path: Path) -> None:
+    """transformers stacks experts on loading and raises a RuntimeError."""
+    from safetensors.torch import load_file, save_file
+    from transformers.utils import logging
+
+    from tests.models import tiny
+
+    weights = tiny.save(tiny.build("mixtral"), tmp_path / "model") / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # as the command does where it is the first to import transformers
+    try:
+        outcome = cli("doctor", "model")
+    finally:
+        logging.set_verbosity(before)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "'model' lack tensors of some experts" in outcome.err
+    assert "download the checkpoint again" in outcome.err
 
 
 @pytest.mark.parametrize("command", ["inspect", "doctor"])
@@ -192,6 +275,9 @@ def test_experts_that_doctor_cannot_ablate_are_refused_before_loading(
         ((DENSE,), ["is a dense model", "give a Mixture-of-Experts model"]),
         ((MOE, "--dtype", "int3"), ["int3", "use bfloat16"]),
         ((MOE, "--device", "warp"), ["warp", "use cpu"]),
+        ((MOE, "--device", "meta"), ["meta", "use cpu"]),
+        ((MOE, "--device-map", "foo"), ["'foo'", "auto, balanced, balanced_low_0, sequential", "cpu"]),
+        ((MOE, "--device-map", "cuda:77"), ["'cuda:77'", "auto, balanced"]),
         ((MOE, "--kernel", "fast"), ["fast", "native"]),
         (("./none",), ["./none", "check the path"]),
     ],

@@ -230,15 +230,40 @@ def test_nan_is_found_and_named():
     lens = lens_of()
     lens.model.model.layers[1].mlp.experts.down_proj.data[:, 0, 0] = float("nan")
     found = doctor(lens)
-    assert "finite" in failing(found)
-    assert next(line for line in found.failed if line.check == "finite").value > 0
-    assert not found.ok
+    assert failing(found) == {"finite"}
+    assert found.failed[0].value > 0
+    assert "first: model.layers.1.mlp.experts.down_proj), so download" in found.failed[0].advice
+    skipped = {line.check: line.detail for line in found.checks if line.status is Outcome.SKIPPED}
+    assert len(skipped) == 9
+    assert set(skipped.values()) == {"needs finite numbers"}
+    assert [line.check.split(".")[0] for line in found.checks] == CHECKS
+    assert found.verdict.startswith("1 of 5 checks failed (9 skipped): finite")
+    offers = found.capabilities
+    assert offers["gate"] == offers["choice"] == offers["generation"] == "not tried: needs finite numbers"
+
+
+def test_numbers_that_overflow_are_no_fault_of_the_weights():
+    lens = lens_of(dtype=torch.float16)
+    lens.model.model.layers[1].mlp.experts.down_proj.data.fill_(6e4)
+    found = doctor(lens)
+    assert failing(found) == {"finite"}
+    assert found.failed[0].advice.endswith("load with another --dtype (bfloat16 instead of float16)")
+
+
+def test_a_model_left_changed_is_noticed_without_finite_numbers_too(monkeypatch):
+    lens = lens_of()
+    lens.model.model.norm.weight.data[0] = float("nan")
+    plant(monkeypatch, hook=True)
+    assert failing(doctor(lens)) == {"finite", "restored"}
 
 
 def test_a_tokenizer_of_another_model_is_noticed():
-    lens = Lens(tiny.build("olmoe", vocab_size=100, pad_token_id=1, bos_token_id=2, eos_token_id=3), tiny.tokenizer())
-    with pytest.raises(IndexError):
-        doctor(lens)
+    for n_known in (100, 20):
+        small = tiny.build("olmoe", vocab_size=n_known, pad_token_id=1, bos_token_id=2, eos_token_id=3)
+        found = doctor(Lens(small, tiny.tokenizer()))
+        assert failing(found) == {"tokenizer"}
+        assert " 0 unknown ids" not in found.failed[0].detail
+        assert "use both of one release" in found.failed[0].advice
     lens = lens_of()
     lens.tokenizer.decode = lambda *_args, **_kwargs: "something else"
     assert failing(doctor(lens)) == {"tokenizer"}
@@ -331,6 +356,16 @@ class TestInput:
         found = doctor(Lens(tiny.build("olmoe"), None))
         assert found.ok
         assert found.checks[1].status is Outcome.SKIPPED
+
+    def test_a_text_for_a_lens_without_a_tokenizer_is_refused(self):
+        with pytest.raises(BadConfig, match=r"no tokenizer.*leave the text out"):
+            doctor(Lens(tiny.build("olmoe"), None), text="two words")
+
+    def test_an_edited_model_is_refused(self):
+        lens = lens_of()
+        with lens.edit(ml.zero("L0.E1")), pytest.raises(BadConfig, match=r"leave the lens\.edit block first"):
+            ml.doctor(lens)
+        assert ml.doctor(lens, progress=False).ok
 
     def test_a_dense_model_is_refused(self):
         with pytest.raises(NotAnMoE, match="--baseline"):

@@ -124,6 +124,24 @@ class TestReachable:
         assert "timed out" in caplog.text
 
 
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_hub_model_without_a_tokenizer_is_told_from_one_that_is_damaged(monkeypatch, raises):
+    """transformers raises, or makes up a tokenizer of special tokens, depending on the family."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    made_up = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), unk_token="<unk>")
+
+    def from_pretrained(*_args, **_kwargs):
+        if raises:
+            raise ValueError("Couldn't instantiate the backend tokenizer")
+        return made_up
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ModelNotFound, match=r"'nobody/nothing' has no tokenizer: put its tokenizer\.json"):
+        source.read_tokenizer(source.Source("nobody/nothing", "nobody/nothing", False), source.Options())
+
+
 def test_a_dense_model_is_refused_where_experts_are_needed(lens_of):
     require_moe(lens_of("olmoe").spec)
     with pytest.raises(NotAnMoE, match="--baseline"):
@@ -181,7 +199,23 @@ class TestRefusedBeforeWeightsAreRead:
 
     def test_damaged_tokenizer(self, folder):
         (folder / "tokenizer.json").write_text("{}")
-        refused(ModelNotFound, "has no tokenizer", folder)
+        refused(ModelNotFound, "the tokenizer of .* is damaged: download it again", folder)
+
+    @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+    def test_a_tokenizer_file_that_is_no_json_is_named(self, folder, file):
+        (folder / file).write_text("<html>404</html>")
+        refused(ModelNotFound, f"^{file} of .* is damaged: download it again", folder)
+
+    def test_more_experts_per_token_than_there_are(self, folder):
+        edit_config(folder, num_experts_per_tok=9)
+        refused(UnsupportedModel, "each token to 9 of 6 experts", folder)
+
+    def test_a_missing_package_is_named(self, folder, monkeypatch):
+        def absent(*_args, **_kwargs):
+            raise ImportError("No module named 'sentencepiece'", name="sentencepiece")
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", absent)
+        refused(UnsupportedModel, "tokenizer of .* needs the package sentencepiece.*: pip install", folder)
 
     def test_truncated_safetensors(self, folder):
         weights = folder / "model.safetensors"
@@ -205,6 +239,13 @@ class TestRefusedBeforeWeightsAreRead:
         transformers.ViTConfig(hidden_size=16).save_pretrained(folder)
         refused(UnsupportedModel, "causal language model", folder)
 
+    @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "hqq", "from_the_future"])
+    def test_any_other_quantisation(self, folder, method):
+        edit_config(folder, quantization_config={"quant_method": method})
+        refused(UnsupportedModel, f"with {method},.*give the original bfloat16 checkpoint", folder)
+        with pytest.raises(UnsupportedModel, match=method):
+            require_moe(inspect(str(folder)))
+
     @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
     def test_quantised_experts(self, folder, method):
         edit_config(folder, quantization_config={"quant_method": method})
@@ -225,8 +266,12 @@ class TestRefusedBeforeWeightsAreRead:
         refused(UnsupportedModel, "5.6.2 is too old: pip install", folder)
 
     @pytest.mark.parametrize(
-        "kwargs", [{"dtype": "int3"}, {"device": "warp:9"}, {"device": "cuda:77"}, {"kernel": "fast"}]
-    )
+        "kwargs",
+        [
+            {"dtype": "int3"}, {"kernel": "fast"}, {"device": "warp:9"}, {"device": "cuda:77"}, {"device": "meta"},
+            {"device_map": "foo"}, {"device_map": "cuda:77"},
+        ],
+    )  # fmt: skip
     def test_bad_settings(self, folder, kwargs):
         refused(BadConfig, "use", folder, **kwargs)
 
@@ -236,7 +281,7 @@ def edit_config(folder: Path, **changes) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.parametrize(("part", "match"), [("model.norm", "lack 1 tensors"), ("experts", "lack|do not fit")])
+@pytest.mark.parametrize(("part", "match"), [("model.norm", r"lack 1 tensor \(first"), ("experts", "lack|do not fit")])
 def test_a_checkpoint_that_lacks_tensors_is_refused(folder, part, match):
     """transformers would fill them with random numbers and warn."""
     from safetensors.torch import load_file, save_file
@@ -245,6 +290,23 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(folder, part, match):
     lost = next(name for name in weights if part in name)
     save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
     refused(ModelNotFound, match, folder)
+
+
+def test_a_checkpoint_that_lacks_several_tensors_says_how_many(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layernorm" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+    refused(ModelNotFound, r"lack 4 tensors \(first: model.layers.0.input_layernorm.weight\)", folder)
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_weights_that_are_dequantised_on_loading_count_as_plain(method):
+    config = transformers.OlmoeConfig(quantization_config={"quant_method": method, "dequantize": True})
+    assert source.quantisation(config) is None
+    assert source.quantisation(transformers.OlmoeConfig(quantization_config={"quant_method": method})) == method
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(folder):

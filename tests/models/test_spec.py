@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from moe_lens.models import gates
+from moe_lens.models import families, gates
 from moe_lens.models.spec import empty_model, inspect, spec_of
 from moe_lens.types import Role
 from tests.conformance import zoo
@@ -84,7 +84,10 @@ def test_deepseek_v3_has_dense_layers_and_shared_experts(tmp_path):
     assert [entry.role for entry in spec.layers[:3]] == [Role.DENSE] * 3
     assert [entry.d_ff for entry in spec.layers[2:4]] == [18432, 2048]
     assert spec.sparsity == 8 / 256
-    assert str(spec.gate) == "sigmoid, then top-k, divided by the sum of the chosen, times 2.5"
+    assert str(spec.gate) == (
+        "sigmoid, then top-k, divided by the sum of the chosen, times 2.5, "
+        "from 4 of 8 groups, chosen with a selection bias"
+    )
 
 
 def test_a_model_of_671_billion_parameters_answers_in_a_second(tmp_path):
@@ -168,6 +171,47 @@ def test_a_gate_that_its_config_contradicts_is_told_by_its_code():
     config = tiny_zoo("deepseek_v2").config
     config.norm_topk_prob = True
     assert spec_of(empty_model(config), name="x").norm_topk_prob is False
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "bias"),
+    [
+        ("olmoe", (1, 1), False),
+        ("gpt_oss", (1, 1), False),  # its router's bias is part of the logits
+        ("deepseek_v2", (4, 2), False),
+        ("deepseek_v3", (4, 2), True),
+        ("minimax_m2", (1, 1), True),  # the block holds the bias
+        ("ernie4_5_moe", (1, 1), True),
+    ],
+)
+def test_what_limits_the_choice_is_part_of_the_gate(family, groups, bias):
+    gate = spec_of(empty_model(tiny_zoo(family).config), name=family).gate
+    assert (gate.groups, gate.selection_bias) == (groups, bias)
+    assert ("from 2 of 4 groups" in str(gate)) == (groups == (4, 2))
+    assert ("selection bias" in str(gate)) == bias
+
+
+def test_groups_that_the_router_ignores_are_not_named():
+    """A greedy DeepSeek-V2 has groups in its config only."""
+    config = tiny_zoo("deepseek_v2").config
+    config.topk_method = "greedy"
+    assert spec_of(empty_model(config), name="x").gate.groups == (1, 1)
+
+
+def test_a_baseline_of_another_size_is_not_suggested(tmp_path):
+    """Mixtral 8x7B uses 12.9B for a token, Mixtral 8x22B 39B; Mistral 7B is no comparison for the second."""
+    assert spec_from(tmp_path, MIXTRAL).suggested_baseline == "mistralai/Mistral-7B-v0.1"
+    assert spec_from(tmp_path, GPT_OSS).suggested_baseline == "Qwen/Qwen3-4B-Base"
+    large = transformers.MixtralConfig(**{**MIXTRAL.to_dict(), "hidden_size": 6144, "intermediate_size": 16384})
+    large.num_hidden_layers = 56
+    spec = spec_from(tmp_path, large)
+    assert spec.active_parameters > 2 * families.DENSE_PARAMETERS["mistralai/Mistral-7B-v0.1"]
+    assert spec.suggested_baseline is None
+    assert spec_from(tmp_path, DEEPSEEK).suggested_baseline is None
+
+
+def test_the_size_of_every_baseline_is_known():
+    assert set(families.BASELINES.values()) == set(families.DENSE_PARAMETERS)
 
 
 def test_an_unknown_gate_is_left_open():
