@@ -245,7 +245,7 @@ class _Template:
     def _try(self, messages: list[dict[str, Any]]) -> str | None:
         try:
             return self._apply(messages)
-        except Exception:  # see __init__
+        except Exception:  # a template is a program and may raise anything
             return None
 
     def _difference(self, altered: str | None) -> tuple[int, int]:

@@ -260,6 +260,7 @@ class _Bags:
 
     @classmethod
     def of(cls, tracks: LabelTracks, columns: CellColumns, in_scope: Bool[ndarray, "document"]) -> _Bags:
+        """The bags of one scope, rows of documents outside it left out."""
         n_cells = len(columns.address)
         cell = np.repeat(np.arange(n_cells), np.diff(columns.offsets))
         document = tracks.document[columns.token]

@@ -88,6 +88,4 @@ def test_every_claim_names_tests_that_exist():
 
 def test_the_readme_lists_the_families_of_the_zoo():
     text = README.read_text(encoding="utf-8")
-    if report.BEGIN not in text:
-        pytest.skip("the README has no table yet")
     assert report.titles_in(text) == sorted((f.title for f in report.FAMILIES.values()), key=str.lower)

@@ -61,11 +61,14 @@ class Llama4(Adapter):
 
 
 class Llama4Call(ExpertsCall):
+    """One call of all experts on all tokens, whose inputs the router has scaled: unchosen ones are zero."""
+
     def __init__(self, experts: Any, scaled: Tensor, hidden: Tensor, router: RouterReturn) -> None:
         self.experts, self.hidden, self.scaled = experts, hidden, scaled
         _, self.weight, self.index = router
 
     def visit(self, index: Tensor, weight: Tensor) -> tuple[Rows, Tensor]:
+        """Rescale the inputs if an edit changed the choice; the factor on outputs is 1, or 0 for a removed visit."""
         n_experts = self.experts.num_experts
         if index is not self.index or weight is not self.weight:
             if (index.sort(dim=1).values.diff(dim=1) == 0).any():

@@ -32,6 +32,7 @@ class Substitution(Mode, ABC):
         """New outputs for the chosen `rows`, all of them visits of `expert`."""
 
     def output(self, bound: Bound, tap: ExpertTap) -> Tensor | None:
+        """The layer's outputs with the visits in scope replaced, expert by expert."""
         output = tap.output.clone()
         for number in bound.experts_in(tap.layer):
             rows = bound.rows(tap, [number])
@@ -50,6 +51,7 @@ class Zero(Substitution):
     takes_neurons: ClassVar[bool] = True
 
     def activation(self, bound: Bound, tap: ExpertTap) -> Tensor | None:
+        """The layer's activations with the named neurons zeroed; whole experts are left to `output`."""
         neurons = [e for e in self.experts if e.layer == tap.layer and e.neuron is not None]
         if not neurons:
             return None
@@ -101,6 +103,7 @@ class MeanOff(FromReference):
     needs_router: ClassVar[bool] = True
 
     def vector(self, lens: Lens, reference: Reference, expert: ExpertAddress) -> Tensor:
+        """Mean output of the expert on sampled inputs that are not routed to it."""
         if expert.layer not in reference.inputs:
             raise BadConfig(f"the reference keeps no inputs of layer {expert.layer}: collect it with {expert}")
         elsewhere = ~reference.chosen[expert.layer][:, expert.expert]
@@ -161,6 +164,7 @@ class Patch(Substitution):
         return len(trace.tokens), written
 
     def rows_of(self, bound: Bound, tap: ExpertTap, expert: ExpertAddress, rows: Tensor) -> Tensor:
+        """What the source writes at the position of each visit, zero where it does not visit the expert."""
         length, written = bound.state
         position = bound.scope.position
         assert position is not None

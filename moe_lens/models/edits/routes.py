@@ -30,6 +30,7 @@ class DropRenorm(Reroute):
     total: Literal["kept", "one"] = "kept"
 
     def routing(self, bound: Bound, routing: Routing) -> Routing:
+        """The same choice, the weights of removed experts moved to the others of the token."""
         lost = bound.removed(replace(routing, removed=None)).gather(1, routing.index)
         weight = routing.weight
         kept = weight.masked_fill(lost, 0)
@@ -50,6 +51,12 @@ class MaskRefill(Reroute):
     """Modes that may have changed the routing before; asking the router again would undo any other."""
 
     def routing(self, bound: Bound, routing: Routing) -> Routing:
+        """The router's choice without the removed experts.
+
+        Raises:
+            BadConfig: an outer edit would be undone, or no expert would be left to a token.
+            UnsupportedModel: the router cannot be asked again.
+        """
         if undone := [mode for mode in routing.changed if mode not in self.follows]:
             raise BadConfig(
                 f"{self.name} asks the router again, which would undo {undone[0]} of an outer edit: "
