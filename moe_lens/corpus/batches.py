@@ -23,8 +23,15 @@ from moe_lens.corpus.concepts import Concept
 from moe_lens.corpus.splits import SPLITS, assign_splits, code_of, domain_order
 from moe_lens.corpus.tagging import Tagger
 from moe_lens.corpus.text import Corpus
-from moe_lens.corpus.windows import WindowBuilder, Windows, added_specials, document_windows, special_ids
-from moe_lens.errors import BadConfig, BadCorpus, UnsupportedModel
+from moe_lens.corpus.windows import (
+    WindowBuilder,
+    Windows,
+    added_specials,
+    document_windows,
+    require_offsets,
+    special_ids,
+)
+from moe_lens.errors import BadConfig, BadCorpus
 from moe_lens.types import Granularity, Split, TokenBatch
 
 if TYPE_CHECKING:
@@ -74,6 +81,11 @@ class Tokenized:
     def window_of(self) -> Int[ndarray, "token"]:
         """Window of every token."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @cached_property
+    def document_lengths(self) -> Int[ndarray, "document"]:
+        """Tokens read of every document of the corpus, special ones included."""
+        return np.bincount(self.document, np.diff(self.offsets), len(self.corpus)).astype(np.int64)
 
     def labels(self, start: int = 0, stop: int | None = None) -> Bool[ndarray, "token concept"]:
         """Concept bits of tokens ``start:stop``."""
@@ -140,11 +152,7 @@ def tokenize(
         BadConfig: `max_length` leaves no room for text, or a limit is too small.
         BadCorpus: no document yields two tokens, or the chat template refuses a conversation.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedModel(
-            f"{type(tokenizer).__name__} reports no character offsets, which concept labels need: "
-            "use the model's fast tokenizer (a tokenizer.json beside the weights)"
-        )
+    require_offsets(tokenizer)
     before, after = added_specials(tokenizer, add_bos)
     room = max_length - len(before) - len(after)
     if room < 2:

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lens.corpus.patterns import check_pattern
 from moe_lens.errors import BadConcept, UnknownConcept, nearest
 from moe_lens.types import Granularity
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 MIN_DOCUMENTS = 20
 """A field value is a concept from this many documents on: METRICS 1.1 asks for 10 + 5 + 5 with positives."""
+WRITTEN = "user"
+"""Collection of the concepts that a user wrote."""
 DOCUMENT_FIELDS = ("domain", "kind", "register", "language")
 CHAT_COLUMN = "chat_spans"
 """Document field with the roles of a conversation: ``[{"start": 0, "end": 3, "tag": "user"}, ...]``."""
@@ -83,7 +86,7 @@ class Concept:
     group: str | None = None
     """Concepts with the same positives share a group; it counts as one."""
     doc: str = ""
-    collection: str = "user"
+    collection: str = WRITTEN
 
     def in_scope(self, document: Document) -> bool:
         """Whether the concept is defined on `document`."""
@@ -137,7 +140,7 @@ def concept(
     labeller: Labeller
     natural: Granularity | None = None
     if regex is not None:
-        labeller = Regex(_checked_pattern(name, regex))
+        labeller = Regex(check_pattern(regex, owner=f"concept {name!r}"))
     elif field is not None:
         labeller, natural = FieldEquals(str(field), _strings(equals)), Granularity.DOCUMENT
     else:
@@ -171,20 +174,6 @@ def _granularity(name: str, value: Granularity | str | None) -> Granularity | No
             f"concept {name!r}: granularity {value!r} is not one of {', '.join(Granularity)}"
             f"{nearest(str(value), [str(g) for g in Granularity])}"
         ) from None
-
-
-def _checked_pattern(name: str, pattern: Any) -> str:
-    import regex
-
-    if not isinstance(pattern, str) or not pattern:
-        raise BadConcept(f"concept {name!r}: the regular expression is empty or not text")
-    try:
-        compiled = regex.compile(pattern)
-    except regex.error as error:
-        raise BadConcept(f"concept {name!r}: bad regular expression {pattern!r}: {error}") from None
-    if compiled.fullmatch("") and not compiled.search("aA0 _-(\n"):
-        raise BadConcept(f"concept {name!r}: {pattern!r} matches only the empty string")
-    return pattern
 
 
 @cache

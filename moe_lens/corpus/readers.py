@@ -4,12 +4,14 @@ Fields are strings. Numbers and booleans are written out; a nested record such a
 ``{"meta": {"pile_set_name": "Github"}}`` is flattened to its innermost names; a list of words, tags or
 spans is kept as JSON, and class labels in it are replaced by their names. A row without the text column but with
 a list of messages is a conversation (see `moe_lens.corpus.chat`).
+
+Texts that cannot be read as UTF-8 (in a column as in the text) and empty ones are left out and counted by reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import chain, islice
@@ -82,17 +84,30 @@ def _decoded(raw: bytes, skipped: dict[str, int]) -> str | None:
     return text.removeprefix("\ufeff")
 
 
-def _usable(text: str, skipped: dict[str, int]) -> bool:
+def _usable(text: str, skipped: dict[str, int], fields: Mapping[str, str] | None = None) -> bool:
     if not text.strip():
         _count(skipped, "empty")
         return False
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell and no tokenizer can read
-            _count(skipped, "invalid_utf8")
-            return False
+    if not all(map(_is_unicode, chain([text], *(fields or {}).items()))):
+        _count(skipped, "invalid_utf8")
+        return False
     return True
+
+
+def _is_unicode(text: str) -> bool:
+    """False with a lone surrogate, which JSON can spell and no tokenizer, hash or table can take."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable_name(path: Path) -> str:
+    """The file's name with question marks for bytes that are not UTF-8."""
+    return path.name.encode("utf-8", "replace").decode()
 
 
 def _check_magic(path: Path) -> None:
@@ -109,20 +124,21 @@ def _check_magic(path: Path) -> None:
 def lines(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterator[Row]:
     """A .txt file, one document a non-empty line (blank lines are no documents and are not counted)."""
     _check_magic(path)
+    name = printable_name(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             text = _decoded(raw.rstrip(b"\r\n"), skipped)
             if text is not None and text.strip():
-                yield Row(f"{path.name}:{number}", text)
+                yield Row(f"{name}:{number}", text)
 
 
 def text_folder(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterator[Row]:
     """A folder, one document a .txt file, in the order of their names."""
-    for file in sorted(path.rglob("*.txt")):
+    for file in sorted(p for p in path.rglob("*.txt") if p.is_file()):
         _check_magic(file)
         text = _decoded(file.read_bytes(), skipped)
         if text is not None and _usable(text, skipped):
-            yield Row(file.relative_to(path).as_posix(), text)
+            yield Row(file.relative_to(path).as_posix().encode("utf-8", "replace").decode(), text)
 
 
 def jsonl(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterator[Row]:
@@ -132,24 +148,35 @@ def jsonl(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterator[
         BadCorpus: a line is not a JSON object or has no text column; names the file and the line.
     """
     _check_magic(path)
+    name = printable_name(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             decoded = _decoded(raw, skipped)
             if decoded is None or not decoded.strip():
                 continue
-            place = f"{path.name}:{number}"
-            try:
-                record = json.loads(decoded)
-            except json.JSONDecodeError as error:
-                raise BadCorpus(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); "
-                    "a .jsonl file holds one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise BadCorpus(f'{path}, line {number}: a JSON object is needed, such as {{"{text_column}": "..."}}')
-            row = _row(record, f"{path}, line {number}", place, text_column, skipped)
+            row = _json_row(decoded, f"{path}, line {number}", f"{name}:{number}", text_column, skipped)
             if row is not None:
                 yield row
+
+
+def _json_row(line: str, where: str, place: str, text_column: str, skipped: dict[str, int]) -> Row | None:
+    try:
+        record = _parsed(line, where)
+        if not isinstance(record, dict):
+            raise BadCorpus(f'{where}: a JSON object is needed, such as {{"{text_column}": "..."}}')
+        return _row(record, where, place, text_column, skipped)
+    except RecursionError:
+        raise BadCorpus(f"{where}: lists or objects are nested too deeply; flatten them") from None
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        what = f"not JSON ({error.msg} at column {error.colno})"
+        raise BadCorpus(f"{where}: {what}; a .jsonl file holds one JSON object a line") from None
+    except ValueError:  # of int(), which reads 4,300 digits at most
+        raise BadCorpus(f"{where}: a number has too many digits; write it as text") from None
 
 
 def parquet(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterator[Row]:
@@ -166,13 +193,30 @@ def parquet(path: Path, *, text_column: str, skipped: dict[str, int]) -> Iterato
     except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
         why = str(error).split(". ")[0]
         raise BadCorpus(f"{path} is not a parquet file ({why}): write it again, or give it its proper suffix") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for record in batch.to_pylist():
-            number += 1
-            row = _row(record, f"{path}, row {number}", f"{path.name}:{number}", text_column, skipped)
+    name = printable_name(path)
+    try:
+        for number, record in enumerate(_records(file, skipped), 1):
+            if record is None:
+                continue
+            row = _row(record, f"{path}, row {number}", f"{name}:{number}", text_column, skipped)
             if row is not None:
                 yield row
+    except (pa.ArrowException, OSError) as error:
+        raise BadCorpus(f"{path} is damaged ({str(error).split('. ')[0]}): write or download it again") from None
+
+
+def _records(file: Any, skipped: dict[str, int]) -> Iterator[dict[str, Any] | None]:
+    """Rows of a parquet file, None for one whose text is not UTF-8."""
+    for batch in file.iter_batches(batch_size=1024):
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError:
+            for i in range(len(batch)):
+                try:
+                    yield batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError:
+                    _count(skipped, "invalid_utf8")
+                    yield None
 
 
 def dataset(
@@ -262,9 +306,8 @@ def _row(record: dict[str, Any], where: str, place: str, text_column: str, skipp
         return None
     if not isinstance(text, str):
         raise BadCorpus(f"{where}: column {text_column!r} holds {type(text).__name__}, not text: name another column")
-    if not _usable(text, skipped):
-        return None
-    return Row(place, text, _fields({k: v for k, v in record.items() if k != text_column}))
+    fields = _fields({k: v for k, v in record.items() if k != text_column})
+    return Row(place, text, fields) if _usable(text, skipped, fields) else None
 
 
 def _conversation(record: dict[str, Any], where: str, place: str, column: str, skipped: dict[str, int]) -> Row | None:
@@ -272,9 +315,8 @@ def _conversation(record: dict[str, Any], where: str, place: str, column: str, s
         text, fields = chat.read_messages(record[column])
     except BadCorpus as error:
         raise BadCorpus(f"{where}: {error}") from None
-    if not _usable(text, skipped):
-        return None
-    return Row(place, text, {**_fields({k: v for k, v in record.items() if k != column}), **fields})
+    fields = {**_fields({k: v for k, v in record.items() if k != column}), **fields}
+    return Row(place, text, fields) if _usable(text, skipped, fields) else None
 
 
 def _fields(record: dict[str, Any]) -> dict[str, str]:

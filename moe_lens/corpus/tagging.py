@@ -7,16 +7,18 @@ sorted and disjoint, token [a, b) is positive iff the first span that ends after
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_lens.corpus.columns import Tagged, tagged_spans
 from moe_lens.corpus.concepts import Column, Concept, FieldEquals, Regex, TokenClass
 from moe_lens.corpus.lexing import class_spans, merged
-from moe_lens.errors import BadConcept
+from moe_lens.corpus.patterns import TIMEOUT_CHARACTERS, TIMEOUT_SECONDS, find_spans, too_slow
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from moe_lens.corpus.text import Document
 
-TIMEOUT_SECONDS = 5.0
-"""Time one regular expression may take on a document of up to 100,000 characters; longer ones get more."""
+TIMEOUTS_IN_ALL = 12
+"""Time one regular expression may take on all documents, in units of the limit for one document. A large corpus
+gives it more: the limit for every `TIMEOUT_CHARACTERS`."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,28 @@ class DocumentTags:
         return out
 
 
+@dataclass
+class _Use:
+    """What one regular expression took so far."""
+
+    seconds: float = 0.0
+    characters: int = 0
+    documents: int = 0
+
+
 class Tagger:
-    """Compiled concepts: ``Tagger(concepts).tag(document)``."""
+    """Labels documents, one after the other: ``Tagger(concepts).tag(document)``."""
 
     def __init__(self, concepts: Sequence[Concept], *, timeout: float = TIMEOUT_SECONDS) -> None:
-        import regex
-
         self.concepts = tuple(concepts)
         self.timeout = timeout
-        patterns = {c.labeller.pattern for c in self.concepts if isinstance(c.labeller, Regex)}
-        self._compiled: dict[str, Any] = {p: regex.compile(p) for p in patterns}
+        self._used: defaultdict[str, _Use] = defaultdict(_Use)
 
     def tag(self, document: Document) -> DocumentTags:
         """Scope and character spans of all concepts in one document.
 
         Raises:
-            BadConcept: a regular expression takes longer than the timeout.
+            BadConcept: a regular expression takes too long on this document, or on all so far.
         """
         scope = np.array([c.in_scope(document) for c in self.concepts], dtype=bool)
         rules = {
@@ -99,13 +108,14 @@ class Tagger:
         return DocumentTags(scope, tuple(out))
 
     def _matches(self, concept: Concept, pattern: str, document: Document) -> Int[ndarray, "span 2"]:
-        budget = self.timeout * max(1.0, len(document.text) / 100_000)
-        try:
-            found = [m.span() for m in self._compiled[pattern].finditer(document.text, timeout=budget)]
-        except TimeoutError:
-            raise BadConcept(
-                f"concept {concept.name!r}: its regular expression took more than {budget:g} s on document "
-                f"{document.id!r}; avoid nested repeats, e.g. write (?:a|b)++ for (a|b)+"
-            ) from None
-        spans = np.array(found, np.int64).reshape(-1, 2)
-        return spans[spans[:, 1] > spans[:, 0]]
+        owner, text = f"concept {concept.name!r}", document.text
+        started = time.thread_time()  # not the clock on the wall: another process is not the expression's fault
+        spans = find_spans(pattern, text, owner=owner, document=document.id, limit=self.timeout)
+        use = self._used[pattern]
+        use.seconds += time.thread_time() - started
+        use.characters += len(text)
+        use.documents += 1
+        allowed = self.timeout * max(TIMEOUTS_IN_ALL, use.characters / TIMEOUT_CHARACTERS)
+        if use.seconds > allowed:
+            raise too_slow(owner, pattern, allowed, f"on {use.documents} documents, the last of them {document.id!r}")
+        return spans

@@ -18,6 +18,7 @@ Every other column becomes a field of the document (see `moe_lens.corpus.readers
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,8 @@ from moe_lens.errors import BadCorpus
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger("moe_lens")
 
 BUNDLED = "bundled:"
 
@@ -73,11 +76,9 @@ class Corpus:
         """
         docs = _unique(documents)
         if not docs:
-            left_out = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in (skipped or {}).items())
+            why = f" ({_reasons(skipped)})" if skipped else ""
             raise BadCorpus(
-                f"{name or id} has no usable document"
-                + (f" ({left_out})" if left_out else "")
-                + ": give a source with at least one non-empty UTF-8 text"
+                f"{name or id} has no usable document{why}: give a source with at least one non-empty UTF-8 text"
             )
         return cls(id, docs, fingerprint(docs), dict(skipped or {}), name or id)
 
@@ -118,6 +119,11 @@ def _unique(documents: Iterable[Document]) -> tuple[Document, ...]:
     return tuple(out)
 
 
+def _reasons(skipped: Mapping[str, int]) -> str:
+    words = {"invalid_utf8": "not UTF-8"}
+    return ", ".join(f"{n} {words.get(why, why)}" for why, n in skipped.items())
+
+
 def corpus(
     source: str | Path | None = None,
     *,
@@ -140,21 +146,31 @@ def corpus(
 
     Raises:
         BadCorpus: the source does not exist, cannot be reached, is empty, or is not what its suffix says.
+
+    Texts that are empty or not UTF-8 are left out, counted in ``Corpus.skipped`` and reported in a warning.
     """
     if limit is not None and limit < 1:
         raise BadCorpus(f"limit={limit} leaves no document: give a positive number of documents")
-    skipped: dict[str, int] = {}
     name = str(source) if source is not None else BUNDLED
+    try:
+        whole = _read(name, dataset_config, split, text_column, limit)
+    except OSError as error:
+        raise BadCorpus(f"{name} cannot be read ({error.strerror or error}): check its permissions") from error
+    if whole.skipped:
+        log.warning("%s: texts left out: %s", name, _reasons(whole.skipped))
+    return _limited(whole, limit, seed)
+
+
+def _read(name: str, dataset_config: str | None, split: str, text_column: str, limit: int | None) -> Corpus:
+    skipped: dict[str, int] = {}
     if name in (BUNDLED, "bundled"):
-        path = readers.bundled_path()
-        found = readers.jsonl(path, text_column="text", skipped=skipped)
-        return _limited(Corpus.of(_documents(found), id=BUNDLED, skipped=skipped, name=BUNDLED), limit, seed)
+        rows = readers.jsonl(readers.bundled_path(), text_column="text", skipped=skipped)
+        return Corpus.of(_documents(rows), id=BUNDLED, skipped=skipped, name=BUNDLED)
     path = Path(name).expanduser()
     reader = readers.for_path(path)
     if reader is not None:
-        found = reader(path, text_column=text_column, skipped=skipped)
-        whole = Corpus.of(_documents(found), id=f"file:{path.name}", skipped=skipped, name=name)
-        return _limited(whole, limit, seed)
+        rows = reader(path, text_column=text_column, skipped=skipped)
+        return Corpus.of(_documents(rows), id=f"file:{readers.printable_name(path)}", skipped=skipped, name=name)
     rows = readers.dataset(
         name, config=dataset_config, split=split, text_column=text_column, limit=limit, skipped=skipped
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_lens.corpus.tagging import Tagger
 from moe_lens.corpus.text import Corpus, Document
+from moe_lens.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int, UInt8
@@ -132,6 +133,19 @@ def window_bounds(start: Int[ndarray, "token"], end: Int[ndarray, "token"], room
         out.append((a, b))
         a = b
     return out
+
+
+def require_offsets(tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot say which characters a token stands for.
+
+    Raises:
+        UnsupportedModel: it is written in Python (a "slow" one), which transformers gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedModel(
+            f"{type(tokenizer).__name__} reports no character offsets, which concept labels need: "
+            "use the model's fast tokenizer (a tokenizer.json beside the weights)"
+        )
 
 
 def added_specials(tokenizer: Any, add_bos: bool) -> tuple[list[int], list[int]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import moe_lens as ml
 from moe_lens.corpus import readers
+from moe_lens.corpus.splits import assign_splits
 from moe_lens.corpus.text import Corpus, Document, corpus, fingerprint
 from moe_lens.errors import BadCorpus
 
@@ -139,6 +143,76 @@ def test_invalid_utf8_and_empty_texts_are_counted(tmp_path):
     assert c.skipped == {"invalid_utf8": 2, "empty": 2}
 
 
+@pytest.mark.parametrize("column", ["id", "domain", "file", "\\udfff"])
+def test_a_lone_surrogate_in_a_column_leaves_the_text_out(tmp_path, column):
+    """Hashes and tables cannot take it."""
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "ok"}\n{"text": "x", "%s": "\\ud800"}\n' % column)  # noqa: UP031
+    c = corpus(path)
+    assert ([d.text for d in c.documents], c.skipped) == (["ok"], {"invalid_utf8": 1})
+
+
+def test_bom_crlf_and_nul_are_read(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\u0000b"}\r\n{"text": "c"}\r\n\r\n')
+    assert [d.text for d in corpus(path).documents] == ["a\0b", "c"]
+    path = tmp_path / "c.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\0b\r\nc\r\n\r\n")
+    assert [d.text for d in corpus(path).documents] == ["a\0b", "c"]
+
+
+def test_what_is_left_out_is_said_once(tmp_path, caplog):
+    path = tmp_path / "c.txt"
+    path.write_bytes(b"fine\ncaf\xe9\nfine too\ncaf\xe9\n")
+    corpus(path)
+    assert [r.getMessage() for r in caplog.records] == [f"{path}: texts left out: 2 not UTF-8"]
+    caplog.clear()
+    path.write_text("fine\n")
+    corpus(path)
+    assert not caplog.records
+
+
+def test_a_parquet_row_that_is_not_utf8_is_left_out(tmp_path):
+    import pyarrow as pa
+
+    texts = pa.array([b"one", b"caf\xe9", b"three"]).view(pa.string())
+    path = write_parquet(tmp_path / "c.parquet", {"text": texts})
+    c = corpus(path)
+    assert [(d.id, d.text) for d in c.documents] == [("c.parquet:1", "one"), ("c.parquet:3", "three")]
+    assert c.skipped == {"invalid_utf8": 1}
+
+
+def test_names_that_are_not_utf8_still_make_a_corpus(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("one\n")
+    (tmp_path / "folder.txt").mkdir()
+    assert (corpus(tmp_path / name).id, len(corpus(tmp_path / name))) == ("file:caf?.txt", 1)
+    assert [d.id for d in corpus(tmp_path).documents] == ["caf?.txt"]
+
+
+PIECES = st.sampled_from([
+    b'{"text": "a b"}', b'{"text":', b'"', b"}", b"\r", b"\xff", b"\xef\xbb\xbf", b"\0", b"NaN", b"1e999", b"[" * 3000,
+    b"9" * 5000, b'{"text": "\\ud800"}', b'{"id": "\\udfff", "text": "x"}', b'{"text": "x", "a": {"\\ud800": 1}}',
+    b'{"text": "x", "tags": ["\\ud800"]}', b'{"text": "x", "a": ' + b'{"a":' * 980 + b"1" + b"}" * 981,
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"messages": [{"role": 1, "content": null}]}',
+    b'{"messages": [{"role": "user", "content": {"a": 1}}]}', b'{"messages": [{"role": "user", "content": "hi"}]}',
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt"])
+@given(st.lists(st.one_of(PIECES, st.just(b"\n"), st.binary(max_size=12)), max_size=8))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_bytes_make_a_reader_raise_anything_but_bad_corpus(tmp_path, suffix, pieces):
+    path = tmp_path / f"soup{suffix}"
+    path.write_bytes(b"".join(pieces))
+    try:
+        c = corpus(path)
+    except BadCorpus:
+        return
+    assert len(assign_splits(c)) == len(c.frame) == len(c)
+    fingerprint(c.documents)
+
+
 BAD_FILES = {
     "notjson.jsonl": (b'{"text": "a"}\n{"text": \n', r"notjson\.jsonl, line 2: not JSON .*one JSON object a line"),
     "list.jsonl": (b'["a"]\n', r"line 1: a JSON object is needed"),
@@ -152,7 +226,9 @@ BAD_FILES = {
     "empty.txt": (b"", r"no usable document"),
     "empty.jsonl": (b"", r"no usable document"),
     "blank.jsonl": (b'{"text": " "}\n', r"no usable document \(1 empty\)"),
-    "bytes.txt": (b"\xff\xfa\n\xfb\n", r"no usable document \(2 invalid utf8\)"),
+    "bytes.txt": (b"\xff\xfa\n\xfb\n", r"no usable document \(2 not UTF-8\)"),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"line 1: a number has too many digits"),
+    "deep.jsonl": (b"[" * 100_000, r"line 1: lists or objects are nested too deeply"),
     "table.csv": (b"a,b\n", r"cannot read '\.csv', give a \.jsonl, \.txt or \.parquet"),
 }
 
