@@ -79,7 +79,6 @@ def _optional(parse: Any) -> BeforeValidator:
     return _named(lambda value: None if value is None else parse(value))
 
 
-Ints = Annotated[list[int], _named(parse_ints)]
 OptionalInts = Annotated[list[int] | None, _optional(parse_ints)]
 OptionalNames = Annotated[list[str] | None, _optional(parse_names)]
 OptionalSize = Annotated[int | None, _optional(parse_size)]
@@ -107,7 +106,7 @@ class ProbeConfig(BaseModel):
     experts: OptionalNames = Field(
         default=None, description="L7.E12 for one, 0,2,4-6 for these of every chosen layer (all)"
     )
-    k: Ints = Field(default=[1, 2, 4, 8, 16, 32, 64], description="neurons per probe")
+    k: OptionalInts = Field(default=None, description="neurons per probe (1,2,4,8,16,32,64)")
     limit: OptionalCount = Field(default=None, description="documents to read (all)")
     max_tokens: OptionalCount = Field(default=None, description="stop after about this many tokens")
     document_tokens: Annotated[int, Field(ge=2)] | None = Field(
@@ -122,6 +121,9 @@ class ProbeConfig(BaseModel):
         default=None, description="limit on the process, such as 4GB (60 % of what is free)"
     )
     all_cells: bool = Field(default=False, description="fit every k in every cell, not only in the best ones at k=1")
+    draws: int = Field(default=20, ge=0, description="random draws of equal cells from model and baseline, 0 for none")
+    neurons: bool = Field(default=True, description="count the concept groups that single neurons serve")
+    permutations: int = Field(default=999, ge=0, description="exchanges of labels behind each p-value, 0 for none")
     splits: int = Field(default=1, ge=1, description="repeat over this many document splits")
     seed: int = Field(default=0, ge=0, description="seed of the document split and of every draw")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, mps (the best there is)")

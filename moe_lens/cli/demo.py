@@ -15,6 +15,8 @@ from moe_lens.config import ProbeConfig
 MOE, DENSE, TEXT = "bundled:tiny-moe", "bundled:tiny-dense", "bundled:"
 DOCUMENT_TOKENS = 64
 """Many short texts: every document of the corpus is read, and the demo stays short."""
+K = [1, 2, 8, 32]
+DRAWS, PERMUTATIONS = 5, 99
 DIRECTORY = Path("runs/demo")
 
 
@@ -33,6 +35,9 @@ def demo(
         baseline=DENSE,
         dataset=TEXT,
         document_tokens=DOCUMENT_TOKENS,
+        k=K,
+        draws=DRAWS,
+        permutations=PERMUTATIONS,
         output=output,
         resume=resume,
         device="cpu",
@@ -55,15 +60,13 @@ def show(output: Path, *, json: bool) -> None:
     from moe_lens.probing.result import Probes
 
     run = moe_lens.open_run(output)
-    probes = Probes(run.frame("probe"), run.frame("comparison"), run)
+    probes = Probes.of(run)
     if json:
         render.print_json({"run": str(output), "finding": probes.finding(), "summary": probes.summary()})
         return
     render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
     render.top_experts(run.frame("routing_fields"))
-    render.best_neurons(probes)
-    render.arms(probes)
-    typer.echo(probes.finding())
+    render.probes(probes)
     typer.echo(str(output))
 
 

@@ -46,6 +46,7 @@ Resume = Annotated[
 
 
 _METAVARS = {"output": "DIR", "baseline": "MODEL", "max_memory": "SIZE", "max_tokens": "N", "limit": "N", "seed": "N"}
+_METAVARS |= dict.fromkeys(("draws", "permutations", "splits"), "N")
 
 
 def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:

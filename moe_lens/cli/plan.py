@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.corpus.batches import Tokenized, tokenize
+from moe_lens.corpus.checks import check_scorable
 from moe_lens.corpus.concepts import Concept, concepts_for
 from moe_lens.models import source
 from moe_lens.models.spec import LayerSpec, Spec
 from moe_lens.probing.memory import layer_bytes, working_bytes
-from moe_lens.probing.settings import BEST_CELLS, MINIMUM_EVAL, MINIMUM_SELECT, ProbeSettings
+from moe_lens.probing.settings import BEST_CELLS, DOCUMENTS_NEEDED, MINIMUM_EVAL, MINIMUM_SELECT, ProbeSettings, check_k
 from moe_lens.types import Split
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _model_plan(
         document_tokens=settings.document_tokens,
         seed=settings.seed,
     )
+    check_scorable(tokenized, DOCUMENTS_NEEDED, context=spec.max_positions)
     wanted = set(layers or spec.moe_layers or spec.dense_layers)
     chosen = [entry for entry in spec.layers if entry.layer in wanted]
     tokens = _tokens_by_split(tokenized)
@@ -184,7 +186,7 @@ def _n_probes(spec: Spec, settings: ProbeConfig, n_concepts: int) -> int:
     wanted = spec.moe_layers or spec.dense_layers
     cells = sum(entry.n_experts for entry in spec.layers if entry.layer in wanted)
     deep = cells if settings.all_cells else min(cells, BEST_CELLS)
-    return n_concepts * (cells + deep * (len(settings.k) - 1))
+    return n_concepts * (cells + deep * (len(check_k(settings.k, [spec])) - 1))
 
 
 def _itemsize(dtype: str | None, config: Any) -> int:

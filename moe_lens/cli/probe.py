@@ -53,6 +53,7 @@ def probe(
         name = settings.model.rstrip("/").split("/")[-1].replace(":", "-")
         settings = settings.model_copy(update={"output": Path("runs") / name})
     specs = check_models(settings)
+    check_tokenizers(settings, specs)
     text = read_corpus(settings)
     if dry_run:
         from moe_lens.cli.plan import make_plan
@@ -64,9 +65,7 @@ def probe(
     if json:
         render.print_json({"run": str(settings.output), "summary": probes.summary()})
         return
-    render.best_neurons(probes)
-    render.arms(probes)
-    typer.echo(probes.finding())
+    render.probes(probes)
     typer.echo(str(settings.output))
 
 
@@ -79,6 +78,7 @@ def check_models(settings: ProbeConfig) -> list[Spec]:
     import moe_lens
     from moe_lens.models.load import require_moe
     from moe_lens.models.source import refuse_quantised
+    from moe_lens.probing.settings import check_k
 
     check_output(settings.output)
 
@@ -94,11 +94,12 @@ def check_models(settings: ProbeConfig) -> list[Spec]:
     require_moe(spec)
     check_layers(spec, settings.layers)
     expert_addresses(spec, settings.layers, settings.experts)
-    if not settings.baseline:
-        return [spec]
-    baseline = spec_of(settings.baseline, None)
-    refuse_quantised(baseline.name, baseline.quantisation)
-    return [spec, baseline]
+    specs = [spec]
+    if settings.baseline:
+        specs.append(spec_of(settings.baseline, None))
+        refuse_quantised(specs[1].name, specs[1].quantisation)
+    check_k(settings.k, specs)
+    return specs
 
 
 def check_output(output: Path | None) -> None:
@@ -153,6 +154,20 @@ def expert_addresses(spec: Spec, layers: Sequence[int] | None, experts: Sequence
     return list(dict.fromkeys(map(str, found)))
 
 
+def check_tokenizers(settings: ProbeConfig, specs: Sequence[Spec]) -> None:
+    """Refuse tokenizers that concepts cannot be aligned with.
+
+    Raises:
+        ModelNotFound, UnsupportedModel: no tokenizer, or one without character offsets.
+    """
+    from moe_lens.corpus.windows import require_offsets
+    from moe_lens.models import source
+
+    for spec in specs:
+        options = source.Options(spec.revision, settings.local_files_only, settings.trust_remote_code)
+        require_offsets(source.read_tokenizer(source.resolve(spec.name), options))
+
+
 def read_corpus(settings: ProbeConfig) -> Corpus:
     """The text, with its concepts checked.
 
@@ -161,7 +176,9 @@ def read_corpus(settings: ProbeConfig) -> Corpus:
         UnknownConcept: a name that nothing defines.
     """
     import moe_lens
+    from moe_lens.corpus.checks import check_corpus
     from moe_lens.corpus.concepts import concepts_for
+    from moe_lens.probing.settings import DOCUMENTS_NEEDED
 
     text = moe_lens.corpus(
         settings.dataset,
@@ -171,7 +188,7 @@ def read_corpus(settings: ProbeConfig) -> Corpus:
         limit=settings.limit,
         seed=settings.seed,
     )
-    concepts_for(text, settings.concepts)
+    check_corpus(text, concepts_for(text, settings.concepts), DOCUMENTS_NEEDED, seed=settings.seed)
     return text
 
 
@@ -202,7 +219,7 @@ def run(settings: ProbeConfig, text: Corpus) -> Probes:
         text,
         baseline=baseline,
         concepts=settings.concepts,
-        k=tuple(settings.k),
+        k=settings.k,
         layers=settings.layers,
         experts=expert_addresses(lens.spec, settings.layers, settings.experts),
         max_rows=settings.max_rows,
@@ -212,6 +229,9 @@ def run(settings: ProbeConfig, text: Corpus) -> Probes:
         batch_size=settings.batch_windows,
         max_memory=settings.max_memory,
         all_cells=settings.all_cells,
+        draws=settings.draws,
+        permutations=settings.permutations,
+        neurons=settings.neurons,
         seed=settings.seed,
         splits=settings.splits,
         out=settings.output,

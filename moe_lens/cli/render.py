@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 WIDTH = 100
 """Columns when stdout is no terminal."""
 ARMS = {
-    "raw": "raw: best by its own test score",
-    "homogeneous": "search: best of cells all alike",
-    "held_out": "held out: chosen on other text",
-    "equal_random_tokens": "equal cells and tokens",
-    "equal_router_tokens": "equal cells, the router's tokens",
-    "routing_only": "routing alone, no neuron",
-    "whole_population": "neuron on top of routing",
+    "raw": "own test score",
+    "homogeneous": "cells all alike",
+    "held_out": "held out",
+    "equal_random_tokens": "equal cells",
+    "equal_router_tokens": "router's tokens",
+    "routing_only": "routing alone",
+    "whole_population": "neuron on routing",
     "null": "labels exchanged",
 }
 ARMS_NOTE = (
-    "search: expected best cell if all cells of a model had its pooled rates; routing: yes where a token visits the "
-    "chosen expert, over all tokens, so compare its AUROC and not its F1 with the rest; always: a probe that says yes"
+    "own test score: the cell that scores best on test; cells all alike: expected best if all cells had the pooled "
+    "rates; held out: chosen on other documents; equal cells: as many cells, neurons and tokens in both; router's "
+    "tokens: and dense cells see what the router sends to their partner; routing alone, neuron on it: over all tokens"
 )
 
 
@@ -208,6 +209,36 @@ def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int
     )
 
 
+def probes(found: Probes) -> None:
+    """Best neurons, all arms, where the gap goes, and what was found."""
+    best_neurons(found)
+    arms(found)
+    if len(found.steps):
+        waterfall(found)
+    typer.echo("")
+    typer.echo(found.finding())
+    if found.neurons is not None:
+        typer.echo(found.neurons.finding())
+
+
+def waterfall(found: Probes) -> None:
+    """What each step takes from the raw gap, in balanced F1 and AUROC."""
+    from moe_lens.probing.waterfall import MEAN, STEP_NAMES, one_ladder, signed
+
+    columns = []
+    for metric in ("f1_balanced", "auroc"):
+        rows = one_ladder(found.steps, metric=metric)
+        columns.append(rows[(rows["order"] == "forward") & (rows["group"] == MEAN) & (rows["kind"] != "null")])
+    rows = []
+    for f1, auroc in zip(*(c.itertuples() for c in columns), strict=True):
+        sign = -1 if f1.kind == "removed" else 1
+        name = STEP_NAMES[f1.step] if sign == 1 else f"minus {STEP_NAMES[f1.step]}"
+        cells = [[signed(sign * r.value), interval(*sorted((sign * r.ci_low, sign * r.ci_high)))] for r in (f1, auroc)]
+        rows.append([name, *cells[0], *cells[1]])
+    title = f"Where the k={columns[0]['k'].iloc[0]} gap goes, MoE minus baseline"
+    table(title, ["step", ">balanced F1", ">95 % interval", ">AUROC", ">95 % interval"], rows)
+
+
 def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
     """The best neuron of either model for the concepts that are read off best, chosen on validate, scored on test."""
     k = int(probes.cells["k"].min())
@@ -238,37 +269,34 @@ def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
     )
 
 
-def arms(probes: Probes, *, metric: str = "f1") -> None:
-    """Mean over concepts under every arm that was run; no arm is shown alone."""
-    found = probes.arms(metric=metric)
-    title = f"{metric.upper()} of the best k={int(found['k'].iloc[0])} probe, mean over concepts"
-    if not probes.has_baseline:
-        rows = [
-            [ARMS.get(str(r.arm), str(r.arm)), number(r.moe), interval(r.moe_low, r.moe_high), number(r.chance_moe)]
-            for r in found.itertuples()
-        ]
-        table(title, ["cells", ">MoE", ">95 % interval", ">always"], rows, note=ARMS_NOTE)
-        return
-    rows = [
-        [
-            *[
-                ARMS.get(str(r.arm), str(r.arm)),
-                number(r.moe),
-                number(r.chance_moe),
-                number(r.dense),
-                number(r.chance_dense),
-            ],
-            *[number(r.gap), interval(r.ci_low, r.ci_high)],
-        ]
-        for r in found.itertuples()
-    ]
-    names = ["cells", ">MoE", ">always", ">baseline", ">always", ">gap", ">95 % interval"]
-    table(title, names, rows, note=ARMS_NOTE)
+def arms(probes: Probes) -> None:
+    """Mean over concepts under every arm that was run, in the metrics that do not move with the class balance."""
+    k = int(probes.comparison["k"].min())
+    found = {metric: probes.arms(metric=metric, k=k).set_index("arm") for metric in ("auroc", "f1_balanced")}
+    both = probes.has_baseline
+    names = [">MoE", ">base", ">gap", ">interval"] if both else [">MoE", ">interval"]
+    rows = []
+    for arm, label in ARMS.items():
+        if not any(arm in frame.index for frame in found.values()):
+            continue
+        cells: list[str] = []
+        for frame in found.values():
+            if arm not in frame.index:
+                cells += ["-"] * len(names)
+                continue
+            row: Any = frame.loc[arm]
+            bounds = (row.ci_low, row.ci_high) if both else (row.moe_low, row.moe_high)
+            gap = [number(row.dense), number(row.gap)] if both else []
+            cells += [number(row.moe), *gap, interval(*bounds, digits=2)]
+        rows.append([label, *cells])
+    mean: Any = next(iter(found["auroc"].itertuples()))
+    title = f"Best k={k} probe, mean over {int(mean.n_concepts)} concept groups"
+    table(f"{title}: AUROC left, balanced F1 right", ["arm", *names, *names], rows, note=ARMS_NOTE)
 
 
-def interval(low: Any, high: Any) -> str:
+def interval(low: Any, high: Any, *, digits: int = 3) -> str:
     """``[.01, .05]``, ``-`` without one."""
-    return "-" if number(low) == "-" else f"[{number(low)}, {number(high)}]"
+    return "-" if number(low) == "-" else f"[{number(low, digits)}, {number(high, digits)}]"
 
 
 def run_tables(run: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The comparison with a dense model, arm by arm (METRICS 1.3; ``moe_lens.probing.arms``).
 
 Intervals resample whole test documents, the same ones for every arm and both models, so that arms and models can
-be subtracted draw by draw. They are conditional on the fitted probes and on the chosen cells.
+be subtracted draw by draw. They are bias-corrected and accelerated (BCa; percentile intervals over several splits),
+and conditional on the fitted probes and on the chosen cells.
 """
 
 from __future__ import annotations
@@ -11,19 +12,47 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from moe_lens.probing.arms import LADDER, METRICS, REGISTRY, Arm, Estimates, ModelScores, Part
-from moe_lens.stats import document_multiplicities, percentile_interval
+from moe_lens.probing.null_rows import null_rows
+from moe_lens.stats import Bootstrap, average_over_groups, document_weights
 from moe_lens.types import Status
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float, Int
     from numpy import ndarray
 
     from moe_lens.corpus.concepts import Concept
+    from moe_lens.probing.nulls import NullDistribution
 
 MEAN = "__mean__"
+ROLES = ("moe", "dense")
+SEARCH = "search"
+"""Name of the part of ``homogeneous`` that picking the best cell makes, among the gaps."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One metric of one (concept, k) in one model, over seeds."""
+
+    value: Float[ndarray, "seed"]
+    boot: Bootstrap
+    """The mean over seeds. Draws of several seeds follow one another; there is a jackknife for one seed only."""
+    chance: float
+    n_cells: int
+    n_neurons: int
+    n_tokens: float
+    one_cell: float
+    lift: Bootstrap | None
+    """`boot` minus what a single cell is expected to score."""
+    by_draw: Float[ndarray, "draw"] | None
+
+
+Side = dict[str, dict[tuple[str, int], Estimate]]
+"""By metric, then by (concept, k)."""
+ArmScores = dict[str, dict[str, Side]]
+"""By arm, then by role. Also holds what only figures show, such as arms with the cell chosen on test."""
 
 
 def compare(
@@ -35,59 +64,117 @@ def compare(
     joint: Mapping[str, Mapping[str, Sequence[Estimates]]] | None = None,
     n_resamples: int = 1000,
 ) -> pd.DataFrame:
-    """All arms, metrics, concepts and k in one tidy table (``comparison.parquet``).
+    """All arms, metrics, concepts and k in one tidy table; see `arm_scores` and `comparison_table`."""
+    scores = arm_scores(moe, dense, test_documents, joint=joint, n_resamples=n_resamples)
+    return comparison_table(scores, moe, dense, concepts)
+
+
+def arm_scores(
+    moe: Sequence[ModelScores],
+    dense: Sequence[ModelScores],
+    test_documents: Sequence[Int[ndarray, "document"]],
+    *,
+    joint: Mapping[str, Mapping[str, Sequence[Estimates]]] | None = None,
+    n_resamples: int = 1000,
+) -> ArmScores:
+    """Every arm of both models with its bootstrap samples.
 
     Args:
         moe: scores of the MoE, one per seed.
         dense: scores of the dense baseline in the same order; empty when there is none.
         test_documents: documents of the test split, one array per seed.
-        joint: arms that score both models together: name, then role (``moe``, ``dense``), then one per seed. Their
-            draws must be paired between the roles.
+        joint: arms that score both models together: name, then role (``moe``, ``dense``), then one per seed, under
+            the weights that `document_weights` gives for the seed.
+    """
+    by_arm: dict[str, dict[str, Sequence[Estimates]]] = {name: dict(both) for name, both in (joint or {}).items()}
+    sides = dict(zip(ROLES, (moe, dense), strict=True))
+    for arm in REGISTRY.values():
+        both = {role: _estimates(arm, models, test_documents, n_resamples) for role, models in sides.items()}
+        if all(len(both[role]) == len(models) for role, models in sides.items()):
+            by_arm[arm.name] = {role: found for role, found in both.items() if found}
+    return {
+        name: {role: _side(found, n_resamples) for role, found in both.items()}
+        for name, both in sorted(by_arm.items(), key=lambda item: (*LADDER, item[0]).index(item[0]))
+    }
+
+
+def comparison_table(
+    scores: ArmScores, moe: Sequence[ModelScores], dense: Sequence[ModelScores], concepts: Sequence[Concept]
+) -> pd.DataFrame:
+    """The rows of ``comparison.parquet``.
 
     ``chance_moe`` and ``chance_dense`` are what a probe without any neuron scores in the same place: the
-    always-positive F1, 2/3 for the balanced F1, and .5 for AUROC. ``one_cell_moe`` and ``one_cell_dense`` are what
-    ``homogeneous`` expects of a cell without any search. ``routing_only`` is the same at every k. Concept
-    ``__mean__`` averages over concept groups, so that duplicates count once, and over the same concepts in every
-    arm: those that ``raw`` could score in both models. An arm that was not run has no rows.
+    always-positive F1, 2/3 for the balanced F1, .5 for AUROC, and in ``whole_population`` the score of the routing
+    alone. ``one_cell_moe`` and ``one_cell_dense`` are what ``homogeneous`` expects of a cell without any search.
+    ``n_tokens_moe`` and ``n_tokens_dense`` are the test tokens behind the chosen cell. ``routing_only`` is the same
+    at every k. ``sd_seeds`` is the spread of the gap over document splits,
+    ``sd_draws`` that over random draws of cells.
+
+    Concept ``__mean__`` averages over concept groups, so that duplicates count once, and over the same concepts in
+    every arm: those that ``raw`` could score in both models (fewer where an arm cannot score them). Its
+    ``ci_low_groups`` and ``ci_high_groups`` resample concept groups as well as documents. An arm that was not run
+    has no rows. The columns of arm ``null`` are explained in `probing.null_rows`.
 
     A positive gap in ``raw`` shows that a larger search found a better test score; it does not show that the
-    MoE's neurons are cleaner. ``held_out`` removes the reuse of test data, not the larger choice of cells.
+    MoE's neurons are cleaner. ``held_out`` removes the reuse of test data, not the larger choice of cells. No arm
+    shows that a model uses a neuron for the concept.
     """
+    import pandas as pd
+
     rows: list[dict[str, Any]] = []
     averaged: dict[tuple[str, int], set[str]] = {}
     group_of = {c.name: c.group or c.name for c in concepts}
     ks = sorted(set(moe[0].cells.k))
-    by_arm = dict(joint or {})
-    for arm in REGISTRY.values():
-        both = {role: _estimates(arm, m, test_documents, n_resamples) for role, m in (("moe", moe), ("dense", dense))}
-        if all(len(found) == len(models) for found, models in zip(both.values(), (moe, dense), strict=True)):
-            by_arm[arm.name] = {role: found for role, found in both.items() if found}
-    for arm in sorted(by_arm, key=LADDER.index):
-        both = {role: _side(found) for role, found in by_arm[arm].items()}
-        for metric in METRICS:
-            sides = {role: side[metric] for role, side in both.items()}
+    for arm in (name for name in LADDER if name in scores):
+        both = scores[arm]
+        for metric in _metrics(both):
             for k in ks:
-                per_concept = [_row(arm, metric, name, k, sides) for name in group_of]
-                rows += [row for row, _ in per_concept]
-                scored = averaged.setdefault((metric, k), _scored([row for row, _ in per_concept]))
-                kept = [(row, found) for row, found in per_concept if row["concept"] in scored]
-                rows.append(_mean_row(arm, metric, k, kept, group_of))
+                found = {name: _found(both, metric, name, k) for name in group_of}
+                table = _rows(arm, metric, k, found, complete=len(both))
+                rows += table
+                n_seeds = max((row["n_seeds"] for row in table), default=0)
+                whole = {r["concept"] for r in table if r["status"] == Status.OK.value and r["n_seeds"] == n_seeds}
+                kept = whole & averaged.setdefault((metric, k), whole)
+                rows.append(_mean_row(arm, metric, k, {name: found[name] for name in found if name in kept}, group_of))
+    nulls = nulls_of(moe, dense)
+    if 1 in ks and nulls:
+        rows = null_rows(rows, nulls, group_of, {metric: averaged.get((metric, 1), set()) for metric in METRICS})
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """One metric of one (concept, k) in one model, over seeds."""
-
-    value: Float[ndarray, "seed"]
-    draws: Float[ndarray, "resample"]
-    chance: float
-    n_cells: int
-    n_neurons: int
-    one_cell: float
+def nulls_of(moe: Sequence[ModelScores], dense: Sequence[ModelScores]) -> dict[str, NullDistribution]:
+    """The null of either model by role, under the first seed; empty where one of them was not run."""
+    models = {role: scores[0] for role, scores in zip(ROLES, (moe, dense), strict=True) if scores}
+    found = {role: model.null for role, model in models.items() if model.null is not None}
+    return found if len(found) == len(models) else {}
 
 
-_Side = dict[str, dict[tuple[str, int], _Estimate]]
+def gap_bootstraps(scores: ArmScores, metric: str, k: int) -> dict[str, dict[str, Bootstrap]]:
+    """The gap, MoE minus dense, of every arm and concept, paired over arms and concepts by bootstrap sample.
+
+    `SEARCH` is the gap of ``homogeneous`` in what picking the best cell adds to a single one.
+    """
+    out: dict[str, dict[str, Bootstrap]] = {}
+    for arm, both in scores.items():
+        if len(both) < len(ROLES):
+            continue
+        moe, dense = (both[role].get(metric, {}) for role in ROLES)
+        shared = [key for key in moe if key[1] == k and key in dense and _paired(moe[key], dense[key])]
+        out[arm] = {key[0]: moe[key].boot - dense[key].boot for key in shared}
+        lifts = {key[0]: (moe[key].lift, dense[key].lift) for key in shared}
+        if lifted := {name: a - b for name, (a, b) in lifts.items() if a is not None and b is not None}:
+            out[SEARCH] = lifted
+    return out
+
+
+def _metrics(both: Mapping[str, Side]) -> list[str]:
+    """What an arm was scored in, in the usual order first."""
+    every = dict.fromkeys(metric for side in both.values() for metric in side) or METRICS
+    return [*(m for m in METRICS if m in every), *(metric for metric in every if metric not in METRICS)]
+
+
+def _found(both: Mapping[str, Side], metric: str, concept: str, k: int) -> dict[str, Estimate]:
+    return {role: side[metric][concept, k] for role, side in both.items() if (concept, k) in side.get(metric, {})}
 
 
 def _estimates(
@@ -96,96 +183,158 @@ def _estimates(
     """One arm of one model, per seed; seeds that the arm was not run under are missing."""
     out = []
     for model, documents in zip(scores, test_documents[: len(scores)], strict=True):
-        times = document_multiplicities(len(documents), n_resamples, seed=model.seed).astype(np.float64)
-        out.append(arm.estimates(model, documents, times))
+        out.append(arm.estimates(model, documents, document_weights(len(documents), n_resamples, seed=model.seed)))
     return [found for found in out if found is not None]
 
 
-def _side(seeds: Sequence[Estimates]) -> _Side:
+def _side(seeds: Sequence[Estimates], n_resamples: int) -> Side:
     """One arm of one model, seeds put together, by metric and (concept, k)."""
-    parts: dict[str, dict[tuple[str, int], list[Part]]] = {metric: {} for metric in METRICS}
+    parts: dict[str, dict[tuple[str, int], list[Part]]] = {}
     for found in seeds:
         for metric, by_key in found.items():
             for key, part in by_key.items():
-                parts[metric].setdefault(key, []).append(part)
-    return {metric: {key: _join(found) for key, found in by_key.items()} for metric, by_key in parts.items()}
+                parts.setdefault(metric, {}).setdefault(key, []).append(part)
+    return {metric: {key: _join(p, n_resamples) for key, p in by_key.items()} for metric, by_key in parts.items()}
 
 
-def _join(parts: Sequence[Part]) -> _Estimate:
+def _join(parts: Sequence[Part], n_resamples: int) -> Estimate:
     last = parts[-1]
-    return _Estimate(
-        np.array([p.value for p in parts]), np.concatenate([p.draws for p in parts]),
-        float(np.mean([p.chance for p in parts])), last.n_cells, last.n_neurons,
-        float(np.mean([p.one_cell for p in parts])),
-    )  # fmt: skip
+    value = np.array([p.value for p in parts])
+    boot = _bootstrap(value, [p.draws for p in parts], n_resamples)
+    one_cell = float(np.mean([p.one_cell for p in parts]))
+    lift = None
+    if all(p.one_cell_draws is not None for p in parts):
+        single = [p.one_cell_draws for p in parts if p.one_cell_draws is not None]
+        lift = boot - _bootstrap(np.array([p.one_cell for p in parts]), single, n_resamples)
+    draws = [p.by_draw for p in parts if p.by_draw is not None]
+    by_draw = np.concatenate(draws) if draws else None
+    chance = float(np.mean([p.chance for p in parts]))
+    return Estimate(value, boot, chance, last.n_cells, last.n_neurons, last.n_tokens, one_cell, lift, by_draw)
 
 
-def _row(
-    arm: str, metric: str, concept: str, k: int, sides: Mapping[str, Mapping[tuple[str, int], _Estimate]]
-) -> tuple[dict[str, Any], dict[str, _Estimate]]:
-    found = {role: side[concept, k] for role, side in sides.items() if (concept, k) in side}
-    return _fill(arm, metric, concept, k, found, complete=len(found) == len(sides)), found
+def _bootstrap(value: Float[ndarray, "seed"], draws: Sequence[Float[ndarray, "weight"]], n_resamples: int) -> Bootstrap:
+    left_out = (draws[0][n_resamples:],) if len(draws) == 1 else ()
+    return Bootstrap(np.asarray(value.mean()), np.concatenate([d[:n_resamples] for d in draws]), left_out)
 
 
-def _fill(
-    arm: str, metric: str, concept: str, k: int, found: Mapping[str, _Estimate], *, complete: bool
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"arm": arm, "concept": concept, "k": k, "metric": metric}
-    for role in ("moe", "dense"):
-        estimate = found.get(role)
-        low, high = percentile_interval(estimate.draws) if estimate else (np.nan, np.nan)
-        row |= {
-            role: float(estimate.value.mean()) if estimate else np.nan,
-            f"{role}_low": float(low), f"{role}_high": float(high),
-            f"chance_{role}": estimate.chance if estimate else np.nan,
-            f"one_cell_{role}": estimate.one_cell if estimate else np.nan,
-            f"n_cells_{role}": estimate.n_cells if estimate else 0,
-            f"n_distinct_neurons_{role}": estimate.n_neurons if estimate else 0,
-        }  # fmt: skip
-    gaps, low, high = np.array([np.nan]), np.nan, np.nan
-    if len(found) == 2 and len(found["moe"].value) == len(found["dense"].value):
-        gaps = found["moe"].value - found["dense"].value
-        low, high = percentile_interval(found["moe"].draws - found["dense"].draws)
-    n_seeds = max((len(e.value) for e in found.values()), default=0)
-    return row | {
-        "gap": float(gaps.mean()), "ci_low": float(low), "ci_high": float(high),
-        "p_value": np.nan, "null_mean": np.nan, "n_seeds": n_seeds,
-        "sd_seeds": float(gaps.std(ddof=1)) if len(gaps) > 1 else np.nan,
-        "status": (Status.OK if complete and found else Status.TOO_FEW).value,
+def _paired(a: Estimate, b: Estimate) -> bool:
+    return len(a.value) == len(b.value)
+
+
+def _intervals(boots: Sequence[Bootstrap]) -> tuple[Float[ndarray, "problem"], Float[ndarray, "problem"]]:
+    """95 % intervals of problems of as many draws each."""
+    if not boots:
+        return np.zeros(0), np.zeros(0)
+    jackknives = tuple(np.stack(j, 1) for j in zip(*(b.jackknives for b in boots), strict=True))
+    every = Bootstrap(np.stack([b.estimate for b in boots]), np.stack([b.draws for b in boots], 1), jackknives)
+    return every.bca() if jackknives else every.percentile()
+
+
+def _rows(
+    arm: str, metric: str, k: int, found: Mapping[str, Mapping[str, Estimate]], *, complete: int
+) -> list[dict[str, Any]]:
+    """One row per concept; a row with a number for all of `complete` models is ok."""
+    gaps = {
+        name: both["moe"].boot - both["dense"].boot
+        for name, both in found.items()
+        if len(both) == len(ROLES) and _paired(both["moe"], both["dense"])
+    }
+    bounds: dict[tuple[str, str], tuple[float, float]] = {}
+    for what in (*ROLES, "gap"):
+        boots = gaps if what == "gap" else {n: both[what].boot for n, both in found.items() if what in both}
+        sizes = {name: len(boot.draws) for name, boot in boots.items()}
+        for n_draws in set(sizes.values()):
+            names = [name for name in boots if sizes[name] == n_draws]
+            low, high = _intervals([boots[name] for name in names])
+            bounds |= {(what, n): (float(a), float(b)) for n, a, b in zip(names, low, high, strict=True)}
+    rows = []
+    for name, both in found.items():
+        row: dict[str, Any] = {"arm": arm, "concept": name, "k": k, "metric": metric}
+        for role in ROLES:
+            row |= _one_model(role, both.get(role), bounds.get((role, name), (np.nan, np.nan)))
+        row |= _gap(both, bounds.get(("gap", name), (np.nan, np.nan)))
+        status = Status.OK if both and len(both) == complete else Status.TOO_FEW
+        rows.append(row | {"status": status.value})
+    return rows
+
+
+def _one_model(role: str, found: Estimate | None, bounds: tuple[float, float]) -> dict[str, Any]:
+    return {
+        role: float(found.value.mean()) if found else np.nan, f"{role}_low": bounds[0], f"{role}_high": bounds[1],
+        f"chance_{role}": found.chance if found else np.nan, f"one_cell_{role}": found.one_cell if found else np.nan,
+        f"n_cells_{role}": found.n_cells if found else 0,
+        f"n_distinct_neurons_{role}": found.n_neurons if found else 0,
+        f"n_tokens_{role}": found.n_tokens if found else np.nan,
     }  # fmt: skip
 
 
-def _scored(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Concepts with a number in every model and seed."""
-    n_seeds = max((row["n_seeds"] for row in rows), default=0)
-    return {row["concept"] for row in rows if row["status"] == Status.OK.value and row["n_seeds"] == n_seeds}
+def _gap(found: Mapping[str, Estimate], bounds: tuple[float, float]) -> dict[str, Any]:
+    gaps, draws = np.array([np.nan]), np.zeros(0)
+    if len(found) == len(ROLES) and _paired(*(found[role] for role in ROLES)):
+        moe, dense = (found[role] for role in ROLES)
+        gaps = moe.value - dense.value
+        if moe.by_draw is not None and dense.by_draw is not None:
+            draws = moe.by_draw - dense.by_draw
+            draws = draws[np.isfinite(draws)]
+    return {
+        "gap": float(gaps.mean()), "ci_low": bounds[0], "ci_high": bounds[1], "p_value": np.nan, "null_mean": np.nan,
+        "n_seeds": max((len(e.value) for e in found.values()), default=0),
+        "sd_seeds": float(gaps.std(ddof=1)) if len(gaps) > 1 else np.nan,
+        "n_draws": len(draws), "sd_draws": float(draws.std(ddof=1)) if len(draws) > 1 else np.nan,
+    }  # fmt: skip
 
 
 def _mean_row(
-    arm: str,
-    metric: str,
-    k: int,
-    per_concept: Sequence[tuple[dict[str, Any], dict[str, _Estimate]]],
-    group_of: Mapping[str, str],
+    arm: str, metric: str, k: int, found: Mapping[str, Mapping[str, Estimate]], group_of: Mapping[str, str]
 ) -> dict[str, Any]:
     """Average over concept groups, of the concepts that every model could be scored on."""
-    scored = _scored([row for row, _ in per_concept])
-    groups: dict[str, list[dict[str, _Estimate]]] = {}
-    for row, found in per_concept:
-        if row["concept"] in scored:
-            groups.setdefault(group_of[row["concept"]], []).append(found)
-    roles = {role for members in groups.values() for found in members for role in found}
-    mean = {role: _average([[f[role] for f in members] for members in groups.values()]) for role in roles}
-    row = _fill(arm, metric, MEAN, k, mean, complete=True)
-    return row | {"n_concepts": len(groups)}
+    groups: dict[str, list[Mapping[str, Estimate]]] = {}
+    for name, both in found.items():
+        groups.setdefault(group_of[name], []).append(both)
+    roles = [role for role in ROLES if groups and all(role in both for both in found.values())]
+    mean = {role: _average([[both[role] for both in members] for members in groups.values()]) for role in roles}
+    (row,) = _rows(arm, metric, k, {MEAN: mean}, complete=len(mean))
+    low, high = np.nan, np.nan
+    if len(roles) == len(ROLES):
+        by_group = [
+            _average([[_difference(both) for both in members]]).boot if members else None for members in groups.values()
+        ]
+        low, high = _over_groups([boot for boot in by_group if boot is not None])
+    return row | {"ci_low_groups": low, "ci_high_groups": high, "n_concepts": len(groups)}
 
 
-def _average(groups: Sequence[Sequence[_Estimate]]) -> _Estimate:
-    def mean(get: Any) -> Any:
-        return np.mean([np.mean([get(e) for e in members], axis=0) for members in groups], axis=0)
+def _difference(both: Mapping[str, Estimate]) -> Estimate:
+    moe, dense = (both[role] for role in ROLES)
+    return Estimate(moe.value - dense.value, moe.boot - dense.boot, np.nan, 0, 0, np.nan, np.nan, None, None)
 
+
+def _over_groups(groups: Sequence[Bootstrap]) -> tuple[float, float]:
+    """Interval of the mean over groups that resamples documents and groups."""
+    jackknives = tuple(np.stack(j, -1) for j in zip(*(b.jackknives for b in groups), strict=True))
+    every = Bootstrap(np.stack([b.estimate for b in groups]), np.stack([b.draws for b in groups], -1), jackknives)
+    mean = average_over_groups(every, resample_groups=True)
+    low, high = mean.bca() if jackknives else mean.percentile()
+    return float(low), float(high)
+
+
+def _average(groups: Sequence[Sequence[Estimate]]) -> Estimate:
+    """Mean over groups of the mean over members."""
     everyone = [e for members in groups for e in members]
-    return _Estimate(
-        mean(lambda e: e.value), mean(lambda e: e.draws), float(mean(lambda e: e.chance)),
-        max(e.n_cells for e in everyone), max(e.n_neurons for e in everyone), float(mean(lambda e: e.one_cell)),
+    weight = np.concatenate([np.full(len(members), 1 / len(members) / len(groups)) for members in groups])
+
+    def mean(values: Sequence[Any]) -> Any:
+        return np.tensordot(weight, np.stack(values), 1)
+
+    jackknives = tuple(mean(j) for j in zip(*(e.boot.jackknives for e in everyone), strict=True))
+    boot = Bootstrap(mean([e.boot.estimate for e in everyone]), mean([e.boot.draws for e in everyone]), jackknives)
+    by_draw = None
+    if all(e.by_draw is not None for e in everyone):
+        known = np.stack([e.by_draw for e in everyone if e.by_draw is not None])
+        here = np.isfinite(known) * weight[:, None]
+        with np.errstate(invalid="ignore"):
+            by_draw = (np.nan_to_num(known) * here).sum(0) / here.sum(0)
+    return Estimate(
+        mean([e.value for e in everyone]), boot, float(mean([e.chance for e in everyone])),
+        max(e.n_cells for e in everyone), max(e.n_neurons for e in everyone),
+        float(mean([e.n_tokens for e in everyone])), float(mean([e.one_cell for e in everyone])), None, by_draw,
     )  # fmt: skip

@@ -6,13 +6,14 @@ kept. All probes of an expert are then one matrix product away.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from moe_lens.probing.document_sums import COUNTS, document_sums
 from moe_lens.probing.fit import Probe, distinct_documents
 from moe_lens.probing.settings import MINIMUM_EVAL
 from moe_lens.stats import Confusion, ranking_scores
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from moe_lens.capture.rows import RowStore
 
 _CHUNK = 128  # probes scored together; bounds memory at rows * _CHUNK * 8 bytes a few times over
-COUNTS = ("tp", "fp", "fn", "tn", "placement_pos", "placement_neg")
+_TOKENS = 1 << 16  # tokens counted together; bounds memory at _TOKENS * concepts * 8 bytes
 NUMBERS = (
     "prevalence", "f1", "f1_always_positive", "f1_balanced", "precision", "recall", "auroc", "average_precision",
     "balanced_accuracy", "mcc", "auroc_validate", "f1_balanced_validate",
@@ -52,18 +53,34 @@ class _Cell:
     """Evaluation rows of one expert."""
 
     activation: Float[Tensor, "row column"]
+    weight: Float[Tensor, "row"]
+    """Router weight."""
     column_of: dict[int, int]
     labels: Bool[Tensor, "row concept"]
     in_scope: Bool[Tensor, "row concept"]
     document: Int[Tensor, "row"]
     split: Int[np.ndarray, "row"]
 
-    def logits(self, probes: Sequence[Probe]) -> Float[np.ndarray, "row probe"]:
-        weight = torch.zeros(self.activation.shape[1], len(probes))
-        for i, probe in enumerate(probes):
-            weight[[self.column_of[int(j)] for j in probe.neurons], i] = torch.from_numpy(probe.coef).float()
-        bias = torch.tensor([p.intercept for p in probes], dtype=torch.float32)
-        return (self.activation @ weight + bias).numpy()
+    def logits(self, probes: Sequence[Probe], *, two_part: bool = False) -> Float[np.ndarray, "row probe"]:
+        """Scores of the rows by the probes, or by their two-part scores, which all of them must have."""
+        h, lines = self.activation, list(probes)
+        if two_part:
+            h, lines = h * self.weight[:, None], [p.two_part for p in probes if p.two_part is not None]
+        coef = torch.zeros(h.shape[1], len(probes))
+        for i, (probe, line) in enumerate(zip(probes, lines, strict=True)):
+            coef[[self.column_of[int(j)] for j in probe.neurons], i] = torch.from_numpy(line.coef).float()
+        return (h @ coef + torch.tensor([line.intercept for line in lines], dtype=torch.float32)).numpy()
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Two-part scores (``fit.TwoPart``) of the tokens of one split that visit a cell."""
+
+    logit: Float[np.ndarray, "row probe"]
+    truth: Bool[np.ndarray, "row probe"]
+    used: Bool[np.ndarray, "row probe"]
+    """Tokens on whose document the concept is defined."""
+    document: Int[np.ndarray, "row"]
 
 
 class Evaluator:
@@ -88,8 +105,8 @@ class Evaluator:
         column_of = {neuron: i for i, neuron in reversed(list(enumerate(ids)))}
         document = tokens.document[rows.token]
         return _Cell(
-            rows.activation.float(), column_of, tokens.labels[rows.token], tokens.in_scope[rows.token],
-            document, self.split_of[document.numpy()],
+            rows.activation.float(), rows.weight.float(), column_of, tokens.labels[rows.token],
+            tokens.in_scope[rows.token], document, self.split_of[document.numpy()],
         )  # fmt: skip
 
     def score(self, layer: int, expert: int, probes: Sequence[Probe]) -> list[dict[str, Any]]:
@@ -116,14 +133,7 @@ class Evaluator:
         return rows
 
     def document_counts(self, probes: Sequence[Probe], n_documents: int) -> Float[np.ndarray, "probe document count"]:
-        """Counts of every test document, for each probe of one cell.
-
-        They are tp, fp, fn, tn, and the summed placements of its positives and of its negatives.
-
-        The placement of a positive is the share of all negatives it outranks (ties count half), and the other
-        way round; their means are both the AUROC. From these six sums F1 is exact and AUROC first-order
-        correct under any resampling of documents.
-        """
+        """`document_sums` of every test document, for each probe of one cell; 0 for other documents."""
         cell = self._cell(probes[0].layer, probes[0].expert)
         test = np.flatnonzero(cell.split == Split.TEST.value)
         at, document = np.unique(cell.document[test].numpy(), return_inverse=True)
@@ -133,12 +143,31 @@ class Evaluator:
             concepts = [p.concept for p in some]
             truth = (cell.labels & cell.in_scope)[test][:, concepts].numpy()
             used = cell.in_scope[test][:, concepts].numpy()
-            out[start : start + len(some), at] = _counts_by_document(cell.logits(some)[test], truth, used, document)
+            sums = document_sums(cell.logits(some)[test], truth, used, document[:, None], len(at))
+            out[start : start + len(some), at] = sums
         return out
+
+    def routed(self, probes: Sequence[Probe], split: Split) -> Iterator[tuple[Sequence[Probe], Routed]]:
+        """Two-part scores of one cell's `probes` over the tokens of a split that visit it, some probes at a time.
+
+        Args:
+            probes: all with a two-part score.
+        """
+        if not probes:
+            return
+        cell = self._cell(probes[0].layer, probes[0].expert)
+        here = np.flatnonzero(cell.split == split.value)
+        for start in range(0, len(probes), _CHUNK):
+            some = probes[start : start + _CHUNK]
+            concepts = [p.concept for p in some]
+            used = cell.in_scope[here][:, concepts]
+            truth = cell.labels[here][:, concepts] & used
+            logit = cell.logits(some, two_part=True)[here]
+            yield some, Routed(logit, truth.numpy(), used.numpy(), cell.document[here].numpy())
 
     def class_counts(
         self, n_documents: int, layer: int | None = None, expert: int | None = None
-    ) -> Float[np.ndarray, "document concept class"]:
+    ) -> Int[np.ndarray, "document concept class"]:
         """Eligible tokens of every validate and test document that are positive, and that are negative.
 
         Args:
@@ -149,64 +178,12 @@ class Evaluator:
             token = tokens.eligible.nonzero().squeeze(1)
         else:
             token = self.rows.rows(layer, expert).token
-        labels, in_scope = tokens.labels[token], tokens.in_scope[token]
-        both = torch.stack([labels & in_scope, in_scope & ~labels], -1).float()
-        counts = torch.zeros(n_documents, *both.shape[1:])
-        return counts.index_add_(0, tokens.document[token], both).double().numpy()
-
-
-def _counts_by_document(
-    logit: Float[np.ndarray, "row probe"],
-    truth: Bool[np.ndarray, "row probe"],
-    used: Bool[np.ndarray, "row probe"],
-    document: Int[np.ndarray, "row"],
-) -> Float[np.ndarray, "probe document count"]:
-    """The counts of ``Evaluator.document_counts``; documents are numbered without gaps."""
-    n_probes, n_documents = logit.shape[1], int(document.max(initial=-1)) + 1
-    at = (np.arange(n_probes) * n_documents + document[:, None]) * 4 + np.where(logit >= 0, 0, 2) + ~truth
-    placed = placements(logit, truth, used)
-    outcomes = np.bincount(at[used], minlength=4 * n_probes * n_documents)
-    placed = np.bincount((at // 4 * 2 + ~truth)[used], placed[used], minlength=2 * n_probes * n_documents)
-    shape = (n_probes, n_documents, -1)
-    return np.concatenate([outcomes.reshape(shape), placed.reshape(shape)], -1)
-
-
-def placements(
-    score: Float[np.ndarray, "row *problem"],
-    truth: Bool[np.ndarray, "row *problem"],
-    used: Bool[np.ndarray, "row *problem"] | None = None,
-) -> Float[np.ndarray, "row *problem"]:
-    """Share of the other class that each row is on the right side of, ties counted half.
-
-    Args:
-        used: rows that belong to each problem, all by default; the others get 0.
-    """
-    used = np.ones(score.shape, bool) if used is None else used
-    order = np.where(used, score, np.inf).argsort(axis=0)
-    ranked, positive, known = (np.take_along_axis(a, order, 0) for a in (score, truth & used, used))
-    new = np.ones(ranked.shape, bool)  # first row of each run of ties
-    new[1:] = (ranked[1:] != ranked[:-1]) | (known[1:] != known[:-1])
-    below = [_middle_of_ties(member, new) for member in (positive, known & ~positive)]
-    n_pos, n_neg = positive.sum(0), (known & ~positive).sum(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        placed = np.where(positive, below[1] / n_neg, 1 - below[0] / n_pos)
-    placed = np.where(known & (n_pos > 0) & (n_neg > 0), placed, 0.0)
-    out = np.empty_like(placed)
-    np.put_along_axis(out, order, placed, 0)
-    return out
-
-
-def _middle_of_ties(
-    member: Bool[np.ndarray, "row *problem"], new: Bool[np.ndarray, "row *problem"]
-) -> Float[np.ndarray, "row *problem"]:
-    """Members below each row in sorted order, those tied with it counted half."""
-    through = member.cumsum(0)
-    before = np.maximum.accumulate(np.where(new, through - member, 0), axis=0)  # cumulative, so the last start wins
-    last = np.ones(new.shape, bool)
-    last[:-1] = new[1:]
-    end = np.where(last, through, np.iinfo(through.dtype).max)
-    after = np.minimum.accumulate(end[::-1], axis=0)[::-1]
-    return (before + after) / 2
+        counts = torch.zeros(n_documents, tokens.labels.shape[1], 2, dtype=torch.int32)
+        for some in token.split(_TOKENS):
+            labels, in_scope = tokens.labels[some], tokens.in_scope[some]
+            both = torch.stack([labels & in_scope, in_scope & ~labels], -1)
+            counts.index_add_(0, tokens.document[some], both.int())
+        return counts.numpy()
 
 
 def _split_numbers(

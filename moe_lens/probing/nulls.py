@@ -23,6 +23,7 @@ from moe_lens.corpus.splits import code_of
 from moe_lens.errors import BadConfig
 from moe_lens.probing.exchange import ExchangedLabels, LabelTracks, exchange_labels
 from moe_lens.probing.settings import MINIMUM_EVAL
+from moe_lens.probing.threads import in_threads
 from moe_lens.stats import auroc_null_se, f1_balanced, max_t, percentile_interval, permutation_p
 from moe_lens.types import Split
 
@@ -216,7 +217,10 @@ def null_statistics(
     observed, null = _empty(1, n_concepts), _empty(n_permutations, n_concepts)
     kept = np.zeros(n_concepts)
     for start in range(0, n_concepts, chunk):
-        ranked = {c: bags[tracks.scope_of[c]].rank(columns.score(c)) for c in order[start : start + chunk]}
+        some = order[start : start + chunk]
+        ranked = dict(
+            zip(some, in_threads(lambda c: bags[tracks.scope_of[c]].rank(columns.score(c)), some), strict=True)
+        )
         for c, column in ranked.items():
             _store(observed, 0, c, column.pipeline(tracks.labels[:, [c]], minimum))
         at = 0

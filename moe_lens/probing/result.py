@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,6 +11,9 @@ import pandas as pd
 from moe_lens.errors import BadConfig
 from moe_lens.probing.arms import LADDER, METRICS, usable, winners
 from moe_lens.probing.compare import MEAN
+from moe_lens.probing.polysemanticity import Polysemanticity
+from moe_lens.probing.waterfall import finding
+from moe_lens.types import Granularity
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -20,15 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Probes:
-    """Probes of every cell, and the arms of the comparison.
+    """Probes of every cell, the arms of the comparison, and where the gap between the models goes.
 
-    ``cells`` is probe.parquet, ``comparison`` is comparison.parquet, ``run`` the directory they were written
-    to, if any.
+    ``cells`` is probe.parquet, ``comparison`` comparison.parquet, ``steps`` waterfall.parquet (empty without a
+    baseline), ``neurons`` the concept groups that single neurons serve (None if not asked for), ``run`` the directory
+    they were written to, if any.
     """
 
     cells: pd.DataFrame
     comparison: pd.DataFrame
+    steps: pd.DataFrame = field(default_factory=pd.DataFrame)
+    neurons: Polysemanticity | None = None
     run: Run | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Probes:
+        """Read the result of a finished run back.
+
+        Raises:
+            BadOutput: the run holds no probes.
+        """
+        steps = run.frame("waterfall") if run.has("waterfall") else pd.DataFrame()
+        neurons = None
+        if run.has("neuron_layers"):
+            neurons = Polysemanticity(run.frame("neurons"), run.frame("neuron_layers"))
+        return cls(run.frame("probe"), run.frame("comparison"), steps, neurons, run)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -89,54 +108,74 @@ class Probes:
         }
 
     def finding(self) -> str:
-        """The comparison in plain English: the raw gap, and what each arm leaves of it. Never raw alone."""
+        """The comparison in plain English: the raw gap, and what each step leaves of it. Never raw alone."""
         k = int(self.comparison.k.min())
-        f1: dict[Any, Any] = {row.arm: row for row in self.arms(metric="f1", k=k).itertuples()}
-        raw, held = f1["raw"], f1["held_out"]
+        f1: dict[Any, Any] = {row.arm: row for row in self.arms(metric="f1_balanced", k=k).itertuples()}
+        held = f1["held_out"]
         if math.isnan(held.moe):
             return f"No concept has enough tokens and documents to score a k={k} probe: use a larger corpus."
         if self.has_baseline and math.isnan(held.gap):
             return "The two models share no concept with enough tokens to compare: use a larger corpus."
-        alike, routed = f1.get("homogeneous"), f1.get("routing_only")
-        parts = [_raw_gap(k, raw)] if self.has_baseline else [_own_score(k, held)]
-        if not self.has_baseline:
-            parts.append(f"chosen on the test data it would read {raw.moe:.3f}")
-            if alike is not None:
-                parts[-1] += f", and {alike.moe:.3f} if all cells were alike"
-        elif alike is not None:
-            parts.append(_search(alike))
-        if self.has_baseline:
-            parts.append(_held_out(held))
-        if routed is not None:
-            auroc = {row.arm: row for row in self.arms(metric="auroc", k=k).itertuples()}["routing_only"]
-            parts.append(
-                f"routing alone, without any neuron, reaches AUROC {auroc.moe:.3f} and, over all tokens, "
-                f"F1 {routed.moe:.3f} ({routed.chance_moe:.3f} by always saying yes)"
+        said = [finding(self.steps, k=k)] if len(self.steps) else [_own_score(k, f1)]
+        auroc: dict[Any, Any] = {row.arm: row for row in self.arms(metric="auroc", k=k).itertuples()}
+        if (routed := auroc.get("routing_only")) is not None:
+            said.append(
+                f"Routing alone, without any neuron, reaches AUROC {routed.moe:.3f} over all tokens"
+                + self._beside(auroc)
             )
-        if self.has_baseline:
-            parts.append(
-                f"the MoE still searches {held.n_cells_moe} cells against {held.n_cells_dense}, so this does "
-                f"not show that its neurons are cleaner"
-            )
-        return "; ".join(parts) + "."
+        if (null := auroc.get("null")) is not None:
+            said.append(self._against_null(null))
+        return " ".join(said)
 
-    def plot(self, *, arm: str = "held_out", metric: str = "f1", k: int = 1) -> go.Figure:
-        """Per-concept scatter, dense against MoE (or F1 against the always-positive F1 without a baseline)."""
-        import plotly.graph_objects as go
+    def _beside(self, auroc: dict[Any, Any]) -> str:
+        """What neurons add to routing, over all tokens."""
+        whole = auroc.get("whole_population")
+        if whole is None or math.isnan(whole.moe):
+            return "."
+        dense = f" (dense: {whole.dense:.3f}, from .5)" if self.has_baseline else ""
+        return f"; with the best neuron on top {whole.moe:.3f}{dense}."
 
-        table = self.comparison
-        chosen = table[(table.arm == arm) & (table.metric == metric) & (table.k == k) & (table.concept != MEAN)]
-        chosen = chosen[chosen.status == "ok"]
-        x = chosen.dense if self.has_baseline else chosen.chance_moe
-        label = "dense baseline" if self.has_baseline else "probe without a neuron"
-        hover = "%{text}<br>x %{x:.3f}<br>MoE %{y:.3f}<extra></extra>"
-        figure = go.Figure(go.Scatter(x=x, y=chosen.moe, mode="markers", text=chosen.concept, hovertemplate=hover))
-        figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"dash": "dot", "color": "grey"})
-        figure.update_layout(
-            title=f"Best k={k} probe per concept, {arm.replace('_', ' ')} {metric}",
-            xaxis_title=f"{metric} of the {label}", yaxis_title=f"{metric} of the MoE", width=620, height=560,
-        )  # fmt: skip
-        return figure
+    def _against_null(self, mean: Any) -> str:
+        """How many concepts beat their null; those that are functions of the token type are left out (see `nulls`)."""
+        types = set(self.cells.concept[self.cells.granularity == Granularity.TYPE.value])
+        rows = self.comparison[(self.comparison.arm == "null") & (self.comparison.metric == "auroc")]
+        rows = rows[(rows.concept != MEAN) & rows.q_value.notna() & ~rows.concept.isin(types)]
+        n = int((rows.q_value <= 0.05).sum())
+        return (
+            f"With labels exchanged the same search reaches AUROC {mean.moe:.3f} [{mean.moe_low:.3f}, "
+            f"{mean.moe_high:.3f}]; {n} of {len(rows)} concepts of spans and documents beat their null in the MoE "
+            f"(q <= .05)."
+        )
+
+    def waterfall(self, *, metric: str = "f1_balanced", k: int | None = None) -> go.Figure:
+        """Where the gap goes, step by step (METRICS 1.3); see `probing.waterfall.waterfall` for what is not shown.
+
+        Raises:
+            BadConfig: the run has no baseline.
+        """
+        from moe_lens.probing import figures
+
+        if not len(self.steps):
+            raise BadConfig("there is no gap to take apart: probe with a dense baseline (--baseline)")
+        return figures.waterfall(self.steps, metric=metric, k=k)
+
+    def against_k(self, *, metric: str = "f1_balanced") -> go.Figure:
+        """Scores against the number of neurons, with the null band."""
+        from moe_lens.probing import figures
+
+        return figures.against_k(self.comparison, metric=metric)
+
+    def scatter(self, *, arm: str = "held_out", metric: str = "f1_balanced", k: int | None = None) -> go.Figure:
+        """One dot per concept, dense against MoE (or chance against MoE without a baseline)."""
+        from moe_lens.probing import figures
+
+        k = int(self.comparison.k.min()) if k is None else k
+        category_of = dict(zip(self.cells.concept, self.cells.category, strict=True))
+        return figures.scatter(self.comparison, arm=arm, metric=metric, k=k, category_of=category_of)
+
+    def plot(self) -> go.Figure:
+        """The waterfall; without a baseline the scatter."""
+        return self.waterfall() if len(self.steps) else self.scatter()
 
     def __repr__(self) -> str:
         return f"Probes({len(self.cells)} probes, {self.cells.concept.nunique()} concepts)\n{self.finding()}"
@@ -145,35 +184,18 @@ class Probes:
         from html import escape
 
         columns = ["arm", "metric", "k", "moe", "dense", "gap", "ci_low", "ci_high", "chance_moe", "chance_dense"]
-        table = self.arms(metric="f1")[columns].to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
+        arms = pd.concat([self.arms(metric=metric) for metric in ("auroc", "f1_balanced", "f1")])
+        table = arms[columns].to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
         return f"<p>{escape(self.finding())}</p>{table}"
 
 
-def _raw_gap(k: int, raw: Any) -> str:
-    return f"Raw k={k} F1 gap, MoE minus dense: {raw.gap:+.3f} [{raw.ci_low:+.3f}, {raw.ci_high:+.3f}]"
-
-
-def _own_score(k: int, held: Any) -> str:
+def _own_score(k: int, f1: dict[Any, Any]) -> str:
+    held, raw, alike = f1["held_out"], f1["raw"], f1.get("homogeneous")
+    search = f", and {alike.moe:.3f} if all cells were alike" if alike is not None else ""
     return (
-        f"Best k={k} neuron per concept, held out: mean F1 {held.moe:.3f} [{held.moe_low:.3f}, {held.moe_high:.3f}] "
-        f"(always-positive {held.chance_moe:.3f})"
-    )
-
-
-def _search(alike: Any) -> str:
-    """The gap between cells that are all alike, and the part of it that exists only because the best is taken."""
-    lift = (alike.moe - alike.one_cell_moe) - (alike.dense - alike.one_cell_dense)
-    return (
-        f"if all cells of a model were alike the same search would still show {alike.gap:+.3f} "
-        f"({lift:+.3f} of it by picking the best cell)"
-    )
-
-
-def _held_out(held: Any) -> str:
-    verdict = "above" if held.ci_low > 0 else "below" if held.ci_high < 0 else "not distinguishable from"
-    return (
-        f"with the cell chosen on other documents {held.gap:+.3f} [{held.ci_low:+.3f}, {held.ci_high:+.3f}] is left, "
-        f"{verdict} zero"
+        f"Best k={k} neuron per concept, held out: mean balanced F1 {held.moe:.3f} [{held.moe_low:.3f}, "
+        f"{held.moe_high:.3f}] (.667 by always saying yes); chosen on the test data it would read {raw.moe:.3f}"
+        f"{search}."
     )
 
 

@@ -4,13 +4,14 @@
 2. Rank neurons, fit k = 1 everywhere; fit larger k in the best cells of each concept.
 3. Stream the validate and test documents once, keeping only the neurons that some probe reads.
 4. Score every probe; keep per-document counts of what the arms report.
+5. Exchange the labels, and choose and score the k = 1 probes again (the null).
 
 Every document goes through the model once per group of layers for step 1 and once in all for step 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,19 @@ from moe_lens.corpus.splits import SPLITS
 from moe_lens.probing.arms import ModelScores, Scanned, collect, winner_keys
 from moe_lens.probing.arms.base import WinnerKey
 from moe_lens.probing.evaluate import Evaluator, columns_needed
+from moe_lens.probing.exchange import label_tracks, strata
 from moe_lens.probing.fit import LayerFitter, Probe
 from moe_lens.probing.memory import layer_groups
+from moe_lens.probing.nulls import NullDistribution, cell_columns, null_statistics
 from moe_lens.probing.settings import BEST_CELLS, ProbeSettings
-from moe_lens.types import Role, Split
+from moe_lens.probing.threads import chunks, in_threads
+from moe_lens.types import Granularity, Role, Split
 
 if TYPE_CHECKING:
     from moe_lens.models.lens import Lens
     from moe_lens.models.spec import LayerSpec
+
+_CONCEPTS_AT_ONCE, _PROBES_AT_ONCE = 32, 128
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,33 @@ def scan(
     names = [c.name for c in tokenized.concepts]
     scanned = Scanned(evaluator, probes, cells, sorted(addresses), names, n_documents)
     d_ff = max(layer.d_ff for layer in layers)
-    scores = ModelScores(role.value, settings.seed, d_ff, cells, _winner_counts(scanned), collect(scanned))
+    null = _null(evaluator, probes, tokenized, settings)
+    scores = ModelScores(role.value, settings.seed, d_ff, cells, _winner_counts(scanned), collect(scanned), null)
     return Scan(scores, routing, n_tokens + n, len(groups))
+
+
+def _null(
+    evaluator: Evaluator, probes: Sequence[Probe], tokenized: Tokenized, settings: ProbeSettings
+) -> NullDistribution | None:
+    """The pipeline on exchanged labels; strata are the same for every tokenizer."""
+    if not settings.permutations or not any(p.k == 1 and p.fitted for p in probes):
+        return None
+    documents = tokenized.corpus.documents
+    length = np.array([len(document.text) for document in documents])
+    source = [
+        f"{code} {document.fields.get('domain', '')}"
+        for code, document in zip(tokenized.splits, documents, strict=True)
+    ]
+    tracks, number = label_tracks(
+        evaluator.rows.tokens,
+        splits=tokenized.splits,
+        stratum=strata(source, length),
+        length_bin=strata(tokenized.splits.tolist(), length),
+        names=[c.name for c in tokenized.concepts],
+        granularity=[Granularity(c.granularity) for c in tokenized.concepts],
+    )
+    columns = cell_columns(evaluator.rows, evaluator.columns, probes, number)
+    return null_statistics(tracks, columns, n_permutations=settings.permutations, seed=settings.seed)
 
 
 def _winner_counts(scanned: Scanned) -> dict[WinnerKey, np.ndarray]:
@@ -146,24 +177,32 @@ def _select(
     consumers = [tokens, moments, rows, routing]
     n = stream(lens, loader, consumers, layers=group, progress=progress, describe=tag)
     probes: list[Probe] = []
-    everything = range(len(scopes))
-    for layer in tqdm(moments.layers, desc=f"{tag}: fit", unit="layer", disable=None if progress else True):
-        fitter = LayerFitter(layer, moments.moments(layer), tokens, settings)
+    fitters: dict[int, LayerFitter] = {}
+    bar = tqdm(moments.layers, desc=f"{tag}: fit", unit="layer", disable=None if progress else True)
+    for layer in bar:
+        fitters[layer] = fitter = LayerFitter(layer, moments.moments(layer), tokens, settings)
         cells = [e for e in range(len(moments.counts(layer))) if experts is None or (layer, e) in experts]
-        first = [p for e in cells for p in fitter.fit(e, rows.rows(layer, e), everything, [1])]
-        probes += first
+        probes += _fit(fitter, rows, {(layer, e): list(range(len(scopes))) for e in cells}, [1])
         moments.drop(layer)
-        larger = [k for k in settings.k if k > 1]
-        if not larger:
+    if larger := [k for k in settings.k if k > 1]:
+        best: dict[tuple[int, int], list[int]] = {}
+        for probe in _leading(probes, settings):
+            best.setdefault((probe.layer, probe.expert), []).append(probe.concept)
+        for layer, fitter in fitters.items():
+            mine = {at: sorted(concepts) for at, concepts in best.items() if at[0] == layer}
+            probes += _fit(fitter, rows, mine, larger)
             rows.drop(layer)
-            continue
-        chosen = {(p.expert, p.concept) for p in _leading(probes, settings) if p.layer == layer}
-        for e in cells:
-            mine = sorted(c for expert, c in chosen if expert == e)
-            if mine:
-                probes += fitter.fit(e, rows.rows(layer, e), mine, larger)
-        rows.drop(layer)
     return probes, routing, n
+
+
+def _fit(
+    fitter: LayerFitter, rows: RowStore, concepts: Mapping[tuple[int, int], Sequence[int]], ks: Sequence[int]
+) -> list[Probe]:
+    """Fit some concepts of some experts of one layer."""
+    rows.rows(fitter.layer, 0)  # sorts them, once
+    pieces = chunks(concepts, _CONCEPTS_AT_ONCE)
+    found = in_threads(lambda piece: fitter.fit(piece[0][1], rows.rows(*piece[0]), piece[1], ks), pieces)
+    return [probe for piece in found for probe in piece]
 
 
 def _leading(probes: Sequence[Probe], settings: ProbeSettings) -> list[Probe]:
@@ -222,9 +261,10 @@ def _score(
     by_cell: dict[tuple[int, int], list[Probe]] = {}
     for probe in probes:
         by_cell.setdefault((probe.layer, probe.expert), []).append(probe)
-    bar = tqdm(sorted(by_cell), desc=f"{role.value} score", unit="cell", disable=None if progress else True)
-    rows = [row for at in bar for row in evaluator.score(*at, by_cell[at])]
-    frame = pd.DataFrame(rows)
+    pieces = chunks(by_cell, _PROBES_AT_ONCE)
+    scored = in_threads(lambda piece: evaluator.score(*piece[0], piece[1]), pieces)
+    bar = tqdm(scored, f"{role.value} score", len(pieces), unit="part", disable=None if progress else True)
+    frame = pd.DataFrame([row for piece in bar for row in piece])
     concepts = tokenized.concepts
     which = frame.pop("concept").to_numpy()
     frame.insert(2, "concept", [concepts[i].name for i in which])

@@ -22,6 +22,7 @@ from moe_lens.stats.resampling import (
     bca_interval,
     cluster_bootstrap,
     document_multiplicities,
+    document_weights,
     percentile_interval,
 )
 from moe_lens.stats.testing import benjamini_hochberg, holm, max_t, permutation_p, wilson_interval
@@ -38,6 +39,7 @@ __all__ = [
     "detectable_auroc",
     "detectable_effect",
     "document_multiplicities",
+    "document_weights",
     "documents_needed",
     "f1_always_positive",
     "f1_balanced",

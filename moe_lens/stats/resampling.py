@@ -33,6 +33,22 @@ def document_multiplicities(n_documents: int, n_resamples: int, *, seed: int) ->
     return rng.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_resamples)
 
 
+def document_weights(
+    n_documents: int, n_resamples: int, *, seed: int, most: int = 400
+) -> Float[ndarray, "weight document"]:
+    """Weights for one pass over a statistic: `n_resamples` bootstrap samples, then what a jackknife leaves.
+
+    The jackknife leaves out one document at a time, or one of `most` random groups of documents where there are
+    more of them: the acceleration needs the skewness of the influences, which groups show as well.
+    """
+    groups = min(n_documents, most)
+    member = np.random.default_rng([seed, 1]).permutation(n_documents) % groups if groups else np.zeros(0, np.int64)
+    if groups == n_documents:
+        member = np.arange(n_documents)
+    left = member != np.arange(groups)[:, None]
+    return np.concatenate([document_multiplicities(n_documents, n_resamples, seed=seed), left]).astype(np.float64)
+
+
 def percentile_interval(
     draws: Float[ndarray, "resample *problem"], level: float = 0.95
 ) -> tuple[Float[ndarray, "*problem"], Float[ndarray, "*problem"]]:
@@ -138,7 +154,7 @@ def cluster_bootstrap(
     """Bootstrap any function of totals over documents, for many problems at once (METRICS 2.5).
 
     Args:
-        counts: sufficient counts of every document, as in ``probing.evaluate.COUNTS``.
+        counts: sufficient counts of every document, as in ``probing.document_sums.COUNTS``.
         statistic: maps totals (counts along the last axis) to the statistic.
         times: multiplicities to use instead of `n_resamples` fresh ones, to pair two models.
 

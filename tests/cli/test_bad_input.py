@@ -27,7 +27,13 @@ def files(tmp_path: Path, text_file: Path) -> Path:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "keep.txt").write_text("mine")
     (tmp_path / "wrong.yaml").write_text("model: m\ncncepts: a\n")
+    (tmp_path / "latin1.txt").write_bytes("Größe\ncafé\nnaïve\n".encode("latin-1"))
+    (tmp_path / "few.txt").write_text("".join(f"{letter} word or two 12\n" for letter in "abcdefghijkl"))
+    for name, pattern in {"never": "qqzzqq", "every": "(?s).+", "slow": "(a|aa)+$", "end": "$"}.items():
+        (tmp_path / f"{name}.yaml").write_text(f"- name: {name}\n  regex: '{pattern}'\n")
     shutil.copy(text_file, tmp_path / "good.jsonl")
+    trap = json.dumps({"text": "a" * 100 + "!"})
+    (tmp_path / "trap.jsonl").write_text(text_file.read_text(encoding="utf-8") + "\n" + trap + "\n")
     return tmp_path
 
 
@@ -57,18 +63,52 @@ CASES = {
     "an output with other things": (["--model", MOE, "-o", "notes"], ["no moe-lens run"]),
     "a bad size": (["--model", MOE, "--max-memory", "4 apples"], ["--max-memory", "4 apples", "4GB"]),
     "no documents": (["--model", MOE, "--limit", "0"], ["--limit", "greater than or equal to 1"]),
+    "k beyond the neurons": (["--model", MOE, "--k", "1,1000"], ["--k 1000", "neurons of an expert", "lower --k"]),
+    "too few documents": (
+        ["--model", MOE, "--dataset", "few.txt"],
+        ["few.txt has 12 documents", "needs 10 to select, 5 to validate, 5 to test", "give at least 20"],
+    ),
+    "a limit that leaves too few documents": (["--model", MOE, "--max-tokens", "60"], ["are read", "raise the limit"]),
+    "no line of UTF-8": (["--model", MOE, "--dataset", "latin1.txt"], ["latin1.txt", "3 not UTF-8", "give a source"]),
+    "a concept that never matches, alone": (
+        ["--model", MOE, "--concepts", "never.yaml"],
+        ["'never' matches no token", "choose or write other"],
+    ),
+    "a concept that always matches, alone": (
+        ["--model", MOE, "--concepts", "every.yaml"],
+        ["'every' matches every token", "choose or write other"],
+    ),
+    "a catastrophic expression": (
+        ["--model", MOE, "--concepts", "slow.yaml", "--dataset", "trap.jsonl"],
+        ["'slow'", "more than 0.2 s", "'trap.jsonl:81'", "without a repeat inside a repeat"],
+    ),
+    "an expression of nothing": (["--model", MOE, "--concepts", "end.yaml"], ["'end'", "only the empty string"]),
     "a wrong setting in the file": (["--config", "wrong.yaml"], ["cncepts", "did you mean 'concepts'"]),
 }
+
+
+NEEDS_TOKENS = [
+    "a limit that leaves too few documents",
+    "a concept that never matches, alone",
+    "a concept that always matches, alone",
+]
+"""Cases that only show once the text is in tokens; the others are refused before weights are read."""
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_input_is_one_sentence_and_leaves_nothing(
-    cli: Cli, files: Path, moe_folder: Path, dense_folder: Path, case: str, dry_run: bool
+    cli: Cli, files: Path, moe_folder: Path, dense_folder: Path, monkeypatch, case: str, dry_run: bool
 ) -> None:
+    import moe_lens
+    from moe_lens.corpus.tagging import Tagger
+
+    monkeypatch.setitem(Tagger.__init__.__kwdefaults__, "timeout", 0.2)
+    if case not in NEEDS_TOKENS:
+        monkeypatch.setattr(moe_lens, "load", lambda *_args, **_kwargs: pytest.fail("weights were read first"))
     words, expected = CASES[case]
     words = [{MOE: str(moe_folder), DENSE: str(dense_folder)}.get(word, word) for word in words]
-    defaults = {"--dataset": "good.jsonl", "-o": "out"}
+    defaults = {"--dataset": "good.jsonl", "-o": "out", "--k": "1"}
     for option, value in defaults.items():
         words += [] if option in words else [option, value]
     before = snapshot(files)
@@ -80,6 +120,57 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     for word in expected:
         assert word in outcome.err
     assert snapshot(files) == before
+
+
+def damaged_text(folder: Path) -> None:
+    """The good text with a BOM, CRLF, and lines that are skipped: no UTF-8, a lone surrogate, empty."""
+    lines = (folder / "good.jsonl").read_bytes().splitlines()
+    lines[3:3] = [b'{"text": "caf\xe9"}', b'{"text": "\\ud800"}', b'{"text": " "}', b'{"text": "nul \\u0000 alpha 12"}']
+    (folder / "damaged.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
+def test_what_is_only_partly_bad_is_said_and_left_out(
+    cli: Cli, files: Path, moe_folder: Path, caplog: pytest.LogCaptureFixture, dry_run: bool
+) -> None:
+    damaged_text(files)
+    concepts = "never.yaml,every.yaml,contains_digit"
+    words = ["--model", moe_folder, "--dataset", "damaged.jsonl", "--concepts", concepts, "--k", "1", "-o", "out"]
+    outcome = cli("probe", *words, *(["--dry-run"] if dry_run else []))
+    assert outcome.code == 0
+    assert {record.getMessage() for record in caplog.records if record.name == "moe_lens"} == {
+        "damaged.jsonl: texts left out: 2 not UTF-8, 1 empty",
+        "in damaged.jsonl concept 'never' matches no token and concept 'every' matches every token: not scored",
+        "80 of 81 documents are longer than the context of 64 tokens: each is read in windows of 64",
+    }
+    if not dry_run:
+        import pandas as pd
+
+        status = pd.read_parquet("out/probe.parquet").groupby("concept")["status"].unique()
+        assert set(status["never"]) == set(status["every"]) == {"too_few"}
+        assert "ok" in status["contains_digit"]
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
+def test_a_tokenizer_without_offsets_is_refused_before_weights_are_read(
+    cli: Cli, moe_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    import transformers
+
+    import moe_lens
+
+    monkeypatch.setattr(moe_lens, "load", lambda *_args, **_kwargs: pytest.fail("weights were read first"))
+    folder = shutil.copytree(moe_folder, tmp_path / "model")
+    no_tokenizer(folder)
+    (folder / "vocab.json").write_text(json.dumps({"<unk>": 0, "a</w>": 1, "b</w>": 2, "a": 3, "b": 4}))
+    (folder / "merges.txt").write_text("#version\na b 1\n")
+    transformers.CTRLTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    words = ["--model", "model", "--dataset", text_file, "--k", "1", "-o", "out", *(["--dry-run"] if dry_run else [])]
+    outcome = cli("probe", *words)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "CTRLTokenizer reports no character offsets" in outcome.err
+    assert "tokenizer.json" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ import torch
 from moe_lens.capture.rows import Rows
 from moe_lens.probing.arms import ModelScores, Scanned, collect, winner_keys
 from moe_lens.probing.evaluate import Evaluator
-from moe_lens.probing.fit import Probe
+from moe_lens.probing.fit import Probe, TwoPart
 from moe_lens.types import Granularity, Split, Status
 
 
@@ -55,7 +55,19 @@ def scores(
     columns = {a: width.repeat(1 + max(e for b, e in addresses if b == a), 1) for a in layers}
     evaluator = Evaluator(store, columns, split)  # type: ignore[arg-type]
     probes = [
-        Probe(*at, c, k, Status.OK, np.array([c]), np.ones(1), -threshold, 100, 50, 0.5)
+        Probe(
+            *at,
+            c,
+            k,
+            Status.OK,
+            np.array([c]),
+            np.ones(1),
+            -threshold,
+            100,
+            50,
+            0.5,
+            TwoPart(np.ones(1), -threshold, 0.0),
+        )
         for at in addresses
         for c in range(len(names))
     ]

@@ -11,8 +11,10 @@ import pytest
 
 from moe_lens.cli import render
 from moe_lens.probing.arms import LADDER, METRICS, REGISTRY, Part
-from moe_lens.probing.compare import MEAN, compare
+from moe_lens.probing.arms.whole_population import METRICS as TWO_PART
+from moe_lens.probing.compare import MEAN, arm_scores, compare, comparison_table, gap_bootstraps
 from moe_lens.probing.result import Probes
+from moe_lens.probing.waterfall import waterfall
 from tests.probing.scanned import Concept, alike
 
 
@@ -44,7 +46,8 @@ class TestEveryArm:
 
     def test_is_run_and_carries_numbers(self, forth, arm):
         assert (forth.loc[arm].status == "ok").all()
-        assert len(forth.loc[arm]) == len(METRICS) * (len(self.NAMES) + 1)
+        n_metrics = 2 * len(TWO_PART) if arm == "whole_population" else len(METRICS)
+        assert len(forth.loc[arm]) == n_metrics * (len(self.NAMES) + 1)
         assert arm in LADDER
 
     def test_swapping_the_two_models_flips_the_sign_of_the_gap(self, models, forth, arm):
@@ -85,7 +88,7 @@ class TestEveryArm:
             return replace(model, cells=cells, counts=counts, evidence=evidence)
 
         other = self.table(*map(renamed, models[:2]), models[2], new.values()).loc[arm]
-        for metric, (old, name) in product(METRICS, new.items()):
+        for metric, (old, name) in product(forth.loc[arm].index.unique("metric"), new.items()):
             pd.testing.assert_series_equal(
                 forth.loc[arm, metric, old, 1], other.loc[metric, name, 1], check_names=False
             )
@@ -105,29 +108,29 @@ class TestWhatIsSaid:
         dense, _ = alike(role="dense", n_concepts=20, n_experts=1, seed=1)
         concepts = [Concept(f"c{i}") for i in range(20)]
         cells = pd.concat([m.cells.assign(model=m.role, role=m.role) for m in (moe, dense)])
-        with_dense = compare([moe], [dense], concepts, [documents], n_resamples=200)  # type: ignore[arg-type]
+        scores = arm_scores([moe], [dense], [documents], n_resamples=200)
+        with_dense = comparison_table(scores, [moe], [dense], concepts)  # type: ignore[arg-type]
+        steps = waterfall(gap_bootstraps(scores, "f1_balanced", 1), group_of={})
         alone = compare([moe], [], concepts, [documents], n_resamples=200)  # type: ignore[arg-type]
-        return Probes(cells, with_dense), Probes(cells[cells.role == "moe"], alone)
+        return Probes(cells, with_dense, steps), Probes(cells[cells.role == "moe"], alone)
 
-    def test_the_finding_gives_raw_search_held_out_and_routing_with_their_numbers(self, probes):
+    def test_the_finding_takes_the_raw_gap_apart_and_stops_where_the_arms_do(self, probes):
         said = probes[0].finding()
-        arms = probes[0].arms().set_index("arm")
+        arms = probes[0].arms(metric="f1_balanced").set_index("arm")
         lift = arms.moe - arms.one_cell_moe - arms.dense + arms.one_cell_dense
-        assert f"Raw k=1 F1 gap, MoE minus dense: {arms.gap['raw']:+.3f}" in said
-        search = f"still show {arms.gap['homogeneous']:+.3f} ({lift['homogeneous']:+.3f} of it by picking"
-        assert search in said
+        assert f"Of the raw k=1 balanced F1 gap of {arms.gap['raw']:+.3f}" in said
+        assert f"search among more cells explains {lift['homogeneous']:+.3f}" in said
         assert f"{arms.gap['held_out']:+.3f} [" in said
-        assert "not distinguishable from zero" in said
+        assert "so it says nothing about the neurons" in said
         auroc = probes[0].arms(metric="auroc").set_index("arm")
-        assert f"reaches AUROC {auroc.moe['routing_only']:.3f}" in said
-        assert f"F1 {arms.moe['routing_only']:.3f} ({arms.chance_moe['routing_only']:.3f} by always" in said
-        assert said.count(".\n") == 0
-        assert "searches 16 cells against 2, so this does not show that its neurons are cleaner" in said
+        assert f"reaches AUROC {auroc.moe['routing_only']:.3f} over all tokens" in said
+        whole = auroc.loc["whole_population"]
+        assert f"with the best neuron on top {whole.moe:.3f} (dense: {whole.dense:.3f}" in said
 
     def test_without_a_baseline_the_finding_leads_with_the_held_out_score(self, probes):
         said = probes[1].finding()
-        arms = probes[1].arms().set_index("arm")
-        assert said.startswith(f"Best k=1 neuron per concept, held out: mean F1 {arms.moe['held_out']:.3f}")
+        arms = probes[1].arms(metric="f1_balanced").set_index("arm")
+        assert said.startswith(f"Best k=1 neuron per concept, held out: mean balanced F1 {arms.moe['held_out']:.3f}")
         assert f"it would read {arms.moe['raw']:.3f}, and {arms.moe['homogeneous']:.3f} if all cells were alike" in said
         assert "MoE minus dense" not in said
 
@@ -136,7 +139,7 @@ class TestWhatIsSaid:
         render.arms(probes[which])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
         shown = [name for line in lines for name, label in render.ARMS.items() if line[1:].startswith(label)]
-        assert shown == ["raw", "homogeneous", "held_out", "routing_only"]
+        assert shown == ["raw", "homogeneous", "held_out", "routing_only", "whole_population"]
         assert max(map(len, lines)) <= 100
 
     def test_every_arm_of_the_ladder_has_a_label_and_its_place(self):
@@ -179,7 +182,14 @@ def test_arms_that_score_both_models_together_take_their_place_in_the_ladder():
     }  # fmt: skip
     concepts = [Concept("c0"), Concept("c1")]
     table = compare([moe], [dense], concepts, [documents], joint={"equal_random_tokens": sides})  # type: ignore[arg-type]
-    assert list(table.arm.unique()) == ["raw", "homogeneous", "held_out", "equal_random_tokens", "routing_only"]
+    assert list(table.arm.unique()) == [
+        "raw",
+        "homogeneous",
+        "held_out",
+        "equal_random_tokens",
+        "routing_only",
+        "whole_population",
+    ]
     row = table.set_index(["arm", "metric", "concept"]).loc[("equal_random_tokens", "f1", MEAN)]
     assert row.moe == pytest.approx(0.65)
     assert (row.gap, row.ci_low, row.ci_high) == pytest.approx((0.05, 0.05, 0.05)), "draws are paired"

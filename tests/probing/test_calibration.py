@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from moe_lens.probing.evaluate import placements
+from moe_lens.probing.document_sums import document_sums
 from moe_lens.probing.exchange import LabelTracks
 from moe_lens.probing.nulls import CellColumns, NullDistribution, null_statistics
 from moe_lens.stats import cluster_bootstrap
@@ -111,12 +111,9 @@ def test_a_planted_effect_is_found(kind):
 
 def counts_of(scores, labels, document, n_documents) -> np.ndarray:
     """Summed placements and class sizes of every document, (simulation, document, count)."""
-    out = np.zeros((scores.shape[1], n_documents, 4))
-    for i, (score, truth) in enumerate(zip(scores.T, labels.T, strict=True)):
-        place = placements(score, truth)
-        for j, column in enumerate((place * truth, truth, place * ~truth, ~truth)):
-            out[i, :, j] = np.bincount(document, column, minlength=n_documents)
-    return out
+    used = np.ones(labels.shape, bool)
+    tp, fp, fn, tn, pos, neg = np.moveaxis(document_sums(scores, labels, used, document[:, None], n_documents), -1, 0)
+    return np.stack([pos, tp + fn, neg, fp + tn], -1)
 
 
 def first_order_auroc(counts):

@@ -7,6 +7,7 @@ import pytest
 from moe_lens.probing.arms import ModelScores, winners
 from moe_lens.probing.arms.best_cell import resampled
 from moe_lens.probing.compare import MEAN, compare
+from moe_lens.probing.document_sums import document_sums
 from moe_lens.stats import document_multiplicities
 from moe_lens.types import Granularity
 
@@ -108,16 +109,12 @@ def test_resampled_metrics_equal_recomputation():
 def test_auroc_expansion_is_close_to_reranking():
     from sklearn.metrics import roc_auc_score
 
-    from moe_lens.probing.evaluate import placements
-
     r = np.random.default_rng(1)
     document = np.repeat(np.arange(80), 25)
     truth = r.random(2000) < 0.3
     score = r.normal(size=2000) + truth + r.normal(size=80)[document]
-    counts = np.zeros((1, 80, 6))
-    p = placements(score, truth)
-    for i, column in enumerate([truth, 0 * truth, 0 * truth, ~truth, p * truth, p * ~truth]):
-        np.add.at(counts[0, :, i], document, column.astype(float))
+    columns = (a[:, None] for a in (score, truth, np.ones(2000, bool), document))
+    counts = document_sums(*columns, 80)
     times = document_multiplicities(80, 40, seed=0).astype(float)
     got = resampled(counts, times, "auroc")[0]
     want = [roc_auc_score(truth, score, sample_weight=t[document]) for t in times]

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from moe_lens.capture.moments import ClassMoments
 from moe_lens.capture.rows import Rows, RowStore
 from moe_lens.capture.tokens import TokenTable
-from moe_lens.probing.evaluate import Evaluator, columns_needed, placements
+from moe_lens.probing.evaluate import Evaluator, columns_needed
 from moe_lens.probing.fit import LayerFitter, distinct_documents, draw_rows
 from moe_lens.probing.settings import ProbeSettings
 from moe_lens.types import Split, Status
@@ -79,6 +79,24 @@ def test_fits_equal_scikit_learn_on_the_same_rows():
     np.testing.assert_allclose(
         x @ probe.coef + probe.intercept, model.decision_function(scaler.transform(x)), atol=1e-6
     )
+
+
+def test_fits_do_not_depend_on_how_many_are_made_together(monkeypatch):
+    together, *_ = fitted(k=(2,))
+    monkeypatch.setattr("moe_lens.probing.fit._CHUNK_BYTES", 1)
+    apart, *_ = fitted(k=(2,))
+    for a, b in zip(together, apart, strict=True):
+        assert (a.expert, a.concept, a.status) == (b.expert, b.concept, b.status)
+        np.testing.assert_allclose(a.coef, b.coef, atol=1e-6)
+        if a.two_part is not None:
+            assert b.two_part is not None
+            np.testing.assert_allclose(a.two_part.coef, b.two_part.coef, atol=1e-6)
+
+
+def test_every_fitted_probe_of_planted_and_of_noise_neurons_has_a_two_part_score_at_the_smallest_k():
+    probes, *_ = fitted()
+    assert {p.two_part is not None for p in probes if p.fitted and p.k == 1} == {True}
+    assert {p.two_part is not None for p in probes if not p.fitted or p.k > 1} == {False}
 
 
 def test_drawn_rows_are_half_positive_and_bounded():
@@ -166,8 +184,3 @@ def test_too_few_test_tokens_carry_no_number(scored):
     assert row["status"] == "too_few"
     assert np.isnan(row["f1"])
     assert row["n_test"] > 0
-
-
-def test_placements_with_ties():
-    got = placements(np.array([1.0, 2.0, 2.0, 3.0]), np.array([False, True, False, True]))
-    assert got.tolist() == [1.0, 0.75, 0.75, 1.0]

@@ -109,7 +109,10 @@ class TestHomogeneous:
         for metric in METRICS:
             want = np.array([m[metric].mean for m in fresh])
             assert want.std() > 0.005
-            np.testing.assert_allclose(moved(at[metric], point, other), want, atol=0.004)
+            best = at[metric]
+            np.testing.assert_allclose(moved(best.mean, best.slope, point, other), want, atol=0.004)
+            alone = np.array([m[metric].one_cell for m in fresh])
+            np.testing.assert_allclose(moved(best.one_cell, best.one_cell_slope, point, other), alone, atol=0.004)
 
     def test_pooled_rates_are_total_hits_by_total_tokens(self):
         counts = np.array([[3, 1, 1, 5, 0.2], [1, 0, 3, 6, -0.2]], float)

@@ -10,7 +10,7 @@ import torch
 
 from moe_lens.capture.tokens import TokenTable
 from moe_lens.models.spec import LayerSpec
-from moe_lens.probing.pairing import Alignment, Visits, draw_pairs, layer_pairs
+from moe_lens.probing.equal.pairing import Alignment, Visits, draw_pairs, layer_pairs
 from moe_lens.types import Role
 from tests.synthetic import make_batch
 

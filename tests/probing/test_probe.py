@@ -6,8 +6,9 @@ import pytest
 
 import moe_lens as ml
 from moe_lens.errors import BadConfig, BadOutput, MemoryLimit, OutOfRange
-from moe_lens.probing import probe as probe_module
+from moe_lens.probing import job as job_module
 from moe_lens.probing import scan as scan_module
+from moe_lens.probing.arms import LADDER
 
 CONCEPTS = ["contains_digit", "contains_capital", "contains_whitespace", "domain_up"]
 PROBE_COLUMNS = (
@@ -56,8 +57,8 @@ def test_numbers_are_there_exactly_where_the_status_says_so(result):
 
 
 def test_the_arms_come_with_the_always_positive_f1_and_intervals(result):
+    assert result.arms(metric="auroc").arm.tolist() == list(LADDER)
     arms = result.arms(metric="f1")
-    assert arms.arm.tolist() == ["raw", "homogeneous", "held_out", "routing_only"]
     assert arms.moe[0] >= arms.moe[2]
     assert arms.chance_moe.between(0.1, 0.9).all()
     assert (arms.ci_low <= arms.gap + 0.05).all()
@@ -75,8 +76,19 @@ def test_the_run_directory_tells_what_was_done(result):
     entry = result.run.manifest["commands"]["probe"]
     assert entry["state"] == "done"
     assert entry["peak_memory"] > 1e6
-    assert [p["model"] for p in entry["passes"]] == ["tiny-olmoe", "tiny-llama"]
-    assert {"probe", "comparison", "concepts", "routing", "routing_fields", "coactivation"} <= set(result.run.tables())
+    done = [p.get("model") or p["part"] for p in entry["passes"]]
+    assert done == ["tiny-olmoe", "tiny-llama", "tiny-olmoe and tiny-llama", "neurons"]
+    assert {
+        "waterfall",
+        "neurons",
+        "neuron_layers",
+        "probe",
+        "comparison",
+        "concepts",
+        "routing",
+        "routing_fields",
+        "coactivation",
+    } <= set(result.run.tables())
     assert not result.run.partial.exists()
 
 
@@ -86,7 +98,7 @@ def test_routing_counts_every_eligible_token_once(result, corpus):
 
 
 def test_the_same_call_again_reads_the_result_back(moe, dense, corpus, result, monkeypatch):
-    monkeypatch.setattr(probe_module, "scan", None)
+    monkeypatch.setattr(job_module, "scan", None)
     again = run(moe, corpus, baseline=dense, out=result.run.path)
     pd.testing.assert_frame_equal(again.comparison, result.comparison, check_dtype=False)
 
@@ -108,7 +120,7 @@ def test_a_killed_run_resumes_without_repeating_the_finished_model(moe, dense, c
             raise KeyboardInterrupt
         return real(lens, *args, **kwargs)
 
-    monkeypatch.setattr(probe_module, "scan", dies_on_the_second)
+    monkeypatch.setattr(job_module, "scan", dies_on_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(moe, corpus, baseline=dense, out=tmp_path / "r")
     resumed = run(moe, corpus, baseline=dense, out=tmp_path / "r")
@@ -179,7 +191,9 @@ def test_impossible_settings_are_refused_before_anything_is_written(moe, corpus,
 
 def test_result_objects_show_themselves(result):
     assert "held" in result._repr_html_() or "other documents" in result._repr_html_()
-    assert result.plot().data[0].mode == "markers"
+    assert "is left" in result.plot().layout.title.text
+    assert {"MoE held out", "dense held out"} <= {trace.name for trace in result.against_k().data}
+    assert len(result.scatter().data)
     assert result.summary()["arms"]["raw"]["f1"]["moe"] > 0
     assert "zero" in result.finding()
     assert "probe" in repr(result.run)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
-from moe_lens.probing.solve import balanced_weights, fit_logistic
+from moe_lens.probing.solve import balanced_weights, fit_logistic, fit_standardised
 
 
 def problems(n, rows, k, seed, signal=2.0):
@@ -53,3 +54,24 @@ def test_a_constant_column_gets_no_weight():
     x, y, used = problems(1, 200, 2, 0)
     x[..., 1] = 0
     assert fit_logistic(x, y, balanced_weights(y, used)).coef[0, 1] == 0
+
+
+def test_standardised_fits_equal_a_scaler_and_scikit_learn_and_come_back_on_the_raw_scale():
+    x, y, used = problems(3, 300, 4, 1)
+    x = x * torch.tensor([1.0, 50.0, 0.01, 3.0]) + torch.tensor([0.0, 7.0, -2.0, 1e3])
+    x[0, :, 3] = 5.0
+    garbage = torch.where(used[..., None], x, 1e6)
+    fit = fit_standardised(garbage, y, used)
+    assert fit.converged.all()
+    for p in range(3):
+        m = used[p].numpy()
+        raw, truth = x[p].numpy()[m], y[p].numpy()[m]
+        scaler = StandardScaler().fit(raw)
+        model = LogisticRegression(solver="newton-cholesky", class_weight="balanced", tol=1e-10)
+        model.fit(scaler.transform(raw), truth)
+        np.testing.assert_allclose(fit.sd[p], np.where(raw.std(0) > 1e-9, raw.std(0), 0), rtol=1e-6)
+        np.testing.assert_allclose(fit.coef[p].numpy() * scaler.scale_, model.coef_[0], atol=1e-5)
+        want = model.decision_function(scaler.transform(raw))
+        np.testing.assert_allclose(fit.logit[p][used[p]], want, atol=1e-4)
+        np.testing.assert_allclose(x[p][used[p]] @ fit.coef[p] + fit.intercept[p], want, atol=1e-4)
+    assert fit.sd[0, 3] == fit.coef[0, 3] == 0

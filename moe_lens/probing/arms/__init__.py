@@ -19,7 +19,7 @@ no rows.
 
 from __future__ import annotations
 
-from moe_lens.probing.arms import best_cell, homogeneous, routing_only
+from moe_lens.probing.arms import best_cell, homogeneous, routing_only, whole_population
 from moe_lens.probing.arms.base import METRICS, Arm, Estimates, Evidence, ModelScores, Part, Scanned, usable
 from moe_lens.probing.arms.best_cell import winner_keys, winners
 
@@ -34,6 +34,7 @@ _ARMS: tuple[Arm, ...] = (
     homogeneous.Homogeneous(),
     best_cell.BestCell("held_out"),
     routing_only.RoutingOnly(),
+    whole_population.WholePopulation(),
 )
 REGISTRY: dict[str, Arm] = {arm.name: arm for arm in sorted(_ARMS, key=lambda arm: LADDER.index(arm.name))}
 """The arms that score one model at a time."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from moe_lens.probing.evaluate import Evaluator
     from moe_lens.probing.fit import Probe
+    from moe_lens.probing.nulls import NullDistribution
 
 METRICS = ("f1", "f1_balanced", "auroc")
 WinnerKey = tuple[int, int, str, int]  # layer, expert, concept, k
@@ -42,9 +43,11 @@ class ModelScores:
     d_ff: int
     cells: pd.DataFrame
     counts: Mapping[WinnerKey, Float[ndarray, "document count"]]
-    """Keyed by (layer, expert, concept, k), the cells that raw or held_out chose; columns ``evaluate.COUNTS``."""
+    """Keyed by (layer, expert, concept, k), the cells that raw or held_out chose; columns ``document_sums.COUNTS``."""
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     """By name of the arm; an arm without its evidence is left out of the comparison."""
+    null: NullDistribution | None = None
+    """The pipeline under exchanged labels, where it was run."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,19 @@ class Part:
 
     value: float
     draws: Float[ndarray, "resample"]
-    """The value under each bootstrap sample of test documents."""
+    """The value under each row of ``times``: bootstrap samples of test documents, then each document left out."""
     chance: float
     """What a probe without any neuron scores in the same place."""
     n_cells: int
     n_neurons: int
     one_cell: float = np.nan
     """The same score expected of a single cell, without any choice between cells."""
+    one_cell_draws: Float[ndarray, "resample"] | None = None
+    """`one_cell` under each row of ``times``."""
+    n_tokens: float = np.nan
+    """Test tokens that the chosen cell is scored on."""
+    by_draw: Float[ndarray, "draw"] | None = None
+    """The value in each random draw of cells, NaN where it could not be scored; None without such draws."""
 
 
 Estimates = dict[str, dict[tuple[str, int], Part]]
@@ -109,7 +118,8 @@ class Arm(Protocol):
 
         Args:
             documents: the test documents.
-            times: how often each of them is drawn in each bootstrap sample, the same for both models.
+            times: weights of the documents, one row for each bootstrap sample or left-out document, the same for
+                both models.
         """
         ...
 
@@ -122,6 +132,15 @@ def usable(cells: pd.DataFrame) -> pd.DataFrame:
 def chance_scores(prevalence: float) -> dict[str, float]:
     """What saying yes to every token scores, by metric."""
     return {"f1": float(f1_always_positive(prevalence)), "f1_balanced": 2 / 3, "auroc": 0.5}
+
+
+def weighted_totals(
+    times: Float[ndarray, "resample document"], counts: Float[ndarray, "entry document count"]
+) -> Float[ndarray, "entry resample count"]:
+    """Counts summed over documents under every row of weights: one product for all entries, in float32."""
+    flat = np.swapaxes(counts, 0, 1).reshape(counts.shape[1], -1).astype(np.float32)
+    total = times.astype(np.float32) @ flat
+    return np.moveaxis(total.reshape(len(times), len(counts), counts.shape[2]), 0, 1).astype(np.float64)
 
 
 def f1_of_counts(total: Float[ndarray, "*shape count"], metric: str) -> Float[ndarray, "*shape"]:

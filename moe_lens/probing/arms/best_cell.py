@@ -26,6 +26,7 @@ from moe_lens.probing.arms.base import (
     chance_scores,
     f1_of_counts,
     usable,
+    weighted_totals,
 )
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class BestCell:
             if not keys:
                 continue
             draws = resampled(np.stack([model.counts[key][documents] for key in keys]), times, metric)
-            for i, (key, value, prevalence) in enumerate(zip(keys, best[metric], best.prevalence, strict=True)):
+            columns = best[metric], best.prevalence, best.n_test
+            for i, (key, value, prevalence, n_test) in enumerate(zip(keys, *columns, strict=True)):
                 at = key[2], key[3]
                 n = int(sizes[at])
-                part = Part(float(value), draws[i], chance_scores(prevalence)[metric], n, n * model.d_ff)
+                chance = chance_scores(prevalence)[metric]
+                part = Part(float(value), draws[i], chance, n, n * model.d_ff, n_tokens=float(n_test))
                 out.setdefault(metric, {})[at] = part
         return out
 
@@ -97,7 +100,7 @@ def resampled(
     F1 and balanced F1 are exact; AUROC is its first-order (Hajek) expansion around the full sample, which
     needs no re-ranking. NaN where a resample holds only one class.
     """
-    total = np.matmul(times, counts)
+    total = weighted_totals(times, counts)
     if metric != "auroc":
         return f1_of_counts(total[..., :4], metric)
     tp, fp, fn, tn, placed_pos, placed_neg = (total[..., i] for i in range(6))

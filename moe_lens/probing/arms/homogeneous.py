@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_lens.probing.arms.base import METRICS, Estimates, Evidence, ModelScores, Part, Scanned, usable
+from moe_lens.probing.threads import chunks, in_threads
 from moe_lens.stats import f1_always_positive
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 TOLERANCE = 0.0015
 """Largest Monte Carlo standard error of an expected maximum."""
 _FIRST_DRAWS = 256  # enough to tell how many more are needed
+_PROBES_AT_ONCE = 128
 _BLOCK = 1 << 20  # cells x draws at a time
 
 
@@ -52,6 +54,7 @@ class Maximum:
     """Expected score of a cell taken at random: no search."""
     slope: tuple[float, float, float]
     """Derivative of `mean` by TPR, FPR and AUROC."""
+    one_cell_slope: tuple[float, float, float]
     error: float
     """Monte Carlo standard error of `mean`."""
 
@@ -69,10 +72,11 @@ class Homogeneous:
         names = usable(scanned.cells)[["concept", "k"]].drop_duplicates().sort_values(["concept", "k"])
         at = {key: i for i, key in enumerate(zip(names.concept, names.k, strict=True))}
         pooled = np.zeros((len(at), scanned.n_documents, 5))
-        for probes in scanned.usable_probes.values():
-            counts = scanned.evaluator.document_counts(probes, scanned.n_documents)
+        pieces = [probes for _, probes in chunks(scanned.usable_probes, _PROBES_AT_ONCE)]
+        found = in_threads(lambda probes: scanned.evaluator.document_counts(probes, scanned.n_documents), pieces)
+        for probes, counts in zip(pieces, found, strict=True):
             entry = [at[scanned.concepts[p.concept], p.k] for p in probes]
-            pooled[entry, :, :4] += counts[..., :4]  # a cell has one probe for each entry
+            pooled[entry, :, :4] += counts[..., :4]  # a piece has one probe at most for each entry
             pooled[entry, :, 4] += _auroc_influence(counts)
         return Evidence(names.reset_index(drop=True), pooled)
 
@@ -107,8 +111,9 @@ class Homogeneous:
             for metric, chance in (("f1", f1_yes), ("f1_balanced", 2 / 3), ("auroc", 0.5)):
                 m = best[metric]
                 out[metric][concept, int(k)] = Part(
-                    m.mean, moved(m, point, drawn), chance, len(group), len(group) * model.d_ff, m.one_cell
-                )
+                    m.mean, moved(m.mean, m.slope, point, drawn), chance, len(group), len(group) * model.d_ff,
+                    m.one_cell, moved(m.one_cell, m.one_cell_slope, point, drawn),
+                )  # fmt: skip
         return out
 
 
@@ -137,10 +142,10 @@ def pooled_rates(
         return point, Rates(tpr, fpr, np.clip(auroc + drawn[:, 4] / n_pairs, 0, 1))
 
 
-def moved(best: Maximum, point: Rates, drawn: Rates) -> Float[ndarray, "resample"]:
-    """The expected maximum at other pooled rates, to first order."""
+def moved(value: float, slope: tuple[float, float, float], point: Rates, drawn: Rates) -> Float[ndarray, "resample"]:
+    """An expected score at other pooled rates, to first order."""
     steps = np.stack([drawn.tpr - point.tpr, drawn.fpr - point.fpr, drawn.auroc - point.auroc], axis=-1)
-    return np.clip(best.mean + steps @ np.array(best.slope), 0, 1)
+    return np.clip(value + steps @ np.array(slope), 0, 1)
 
 
 def expected_maximum(
@@ -175,30 +180,31 @@ def expected_maximum(
 def _draw(
     n_pos: Int[ndarray, "cell"], n_neg: Int[ndarray, "cell"], rates: Rates, n_draws: int, rng: np.random.Generator
 ) -> dict[str, Float[ndarray, "draw column"]]:
-    """Per draw: maximum, mean over cells, and the derivative of the maximum by TPR, FPR and AUROC."""
+    """Per draw: maximum, its derivative by TPR, FPR and AUROC; mean over cells, and its derivative."""
     p, n = n_pos[:, None], n_neg[:, None]
     shape = (len(n_pos), n_draws)
     recall, fallout = rng.binomial(p, rates.tpr, shape) / p, rng.binomial(n, rates.fpr, shape) / n
     area = _draw_auroc(float(rates.auroc), n_pos, n_neg, n_draws, rng)
-    f1 = 2 * recall * p / (recall * p + fallout * n + p)
-    balanced = 2 * recall / (recall + fallout + 1)
-    at = np.arange(n_draws)
+    by_tpr, by_fpr = _rate_slope(recall, float(rates.tpr)), _rate_slope(fallout, float(rates.fpr))
+    nothing = np.zeros(shape)
     out: dict[str, ndarray] = {}
-    for metric, score, pos, neg in (("f1", f1, p, n), ("f1_balanced", balanced, np.ones_like(p), np.ones_like(n))):
-        best = score.argmax(0)
-        r, f, a, b = recall[best, at], fallout[best, at], pos[best, 0], neg[best, 0]
-        square = (r * a + f * b + a) ** 2
-        by_tpr = 2 * a * (f * b + a) / square * _rate_slope(r, float(rates.tpr))
-        by_fpr = -2 * r * a * b / square * _rate_slope(f, float(rates.fpr))
-        out[metric] = np.stack([score[best, at], score.mean(0), by_tpr, by_fpr, 0 * r], 1)
-    best = area.argmax(0)
-    top = area[best, at]
-    slope = _rate_slope(top, float(rates.auroc))
-    out["auroc"] = np.stack([top, area.mean(0), 0 * top, 0 * top, slope], 1)
+    for metric, a, b in (("f1", p, n), ("f1_balanced", 1, 1)):
+        bottom = recall * a + fallout * b + a
+        square = bottom * bottom
+        slopes = (2 * a * (fallout * b + a) / square * by_tpr, -2 * recall * a * b / square * by_fpr, nothing)
+        out[metric] = _best_and_mean(2 * recall * a / bottom, slopes)
+    out["auroc"] = _best_and_mean(area, (nothing, nothing, _rate_slope(area, float(rates.auroc))))
     return out
 
 
-def _rate_slope(rate: Float[ndarray, "draw"], mean: float) -> Float[ndarray, "draw"]:
+def _best_and_mean(
+    score: Float[ndarray, "cell draw"], slopes: tuple[Float[ndarray, "cell draw"], ...]
+) -> Float[ndarray, "draw column"]:
+    every = np.stack([score, *slopes])
+    return np.concatenate([every[:, score.argmax(0), np.arange(score.shape[1])], every.mean(1)]).T
+
+
+def _rate_slope(rate: Float[ndarray, "cell draw"], mean: float) -> Float[ndarray, "cell draw"]:
     """How a drawn rate moves with its mean: the deviation grows as ``sqrt(mean (1 - mean))`` does."""
     spread = mean * (1 - mean)
     if spread <= 0:
@@ -228,7 +234,7 @@ def auroc_variance(auroc: float, n_pos: Int[ndarray, "cell"], n_neg: Int[ndarray
 
 
 def _summary(columns: Float[ndarray, "draw column"]) -> Maximum:
-    mean = columns.mean(0)
+    best, *slope = columns.mean(0)[:4].tolist()
+    one_cell, *one_slope = columns.mean(0)[4:].tolist()
     sd = float(columns[:, 0].std())
-    slope = (float(mean[2]), float(mean[3]), float(mean[4]))
-    return Maximum(float(mean[0]), sd, float(mean[1]), slope, sd / len(columns) ** 0.5)
+    return Maximum(best, sd, one_cell, tuple(slope), tuple(one_slope), sd / len(columns) ** 0.5)

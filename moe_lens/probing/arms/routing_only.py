@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from moe_lens.probing.arms.base import Estimates, Evidence, ModelScores, Part, Scanned, chance_scores, f1_of_counts
+from moe_lens.probing.arms.base import (
+    Estimates,
+    Evidence,
+    ModelScores,
+    Part,
+    Scanned,
+    chance_scores,
+    f1_of_counts,
+    weighted_totals,
+)
 from moe_lens.probing.settings import MINIMUM_EVAL
 from moe_lens.types import Split
 
@@ -65,7 +74,7 @@ class RoutingOnly:
             return None
         evidence = model.evidence[self.name]
         counts = evidence.counts[:, documents]
-        full, drawn = counts.sum(1), np.matmul(times, counts)
+        full, drawn = counts.sum(1), weighted_totals(times, counts)
         out: Estimates = {}
         for metric in ("f1", "f1_balanced", "auroc"):
             value, draws = (_score(c, metric) for c in (full, drawn))

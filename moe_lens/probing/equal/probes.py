@@ -14,19 +14,20 @@ import numpy as np
 import torch
 
 from moe_lens.capture.moments import Moments
-from moe_lens.probing.evaluate import COUNTS, placements
+from moe_lens.probing.arms.base import METRICS, f1_of_counts
+from moe_lens.probing.document_sums import document_sums
 from moe_lens.probing.select import neuron_scores, top_neurons
-from moe_lens.probing.solve import balanced_weights, fit_logistic
-from moe_lens.stats import Confusion, ranking_scores
+from moe_lens.probing.solve import fit_standardised
+from moe_lens.stats import ranking_scores
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from numpy import ndarray
     from torch import Tensor
 
-    from moe_lens.probing.pairing import Sample
+    from moe_lens.probing.equal.pairing import Sample
 
-_CHUNK_BYTES = 128 << 20
+_CHUNK_BYTES = 12 << 20  # the solver is several times faster on what fits the cache
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ def fit_cell(
     x = h[seen][:, torch.from_numpy(neurons)].float()
     row = number[sample.row].clamp(min=0)
     order = _ranked(x, row, sample, max(ks), rank)
-    ids = torch.from_numpy(neurons)
+    ids, by_neuron = torch.from_numpy(neurons), x.T.contiguous()
     found = {}
     for k in ks:
         step = max(1, _CHUNK_BYTES // max(1, row.shape[1] * (k + 1) * 8 * 3))
-        parts = [_fit(x, row[i : i + step], sample, i, order[i : i + step, :k]) for i in range(0, len(row), step)]
+        parts = [
+            _fit(by_neuron, row[i : i + step], sample, i, order[i : i + step, :k]) for i in range(0, len(row), step)
+        ]
         coef, intercept, usable, separable = (torch.cat(column) for column in zip(*parts, strict=True))
         chosen = ids[order[:, :k]]
         found[k] = Fitted(sample.concepts, chosen, coef, intercept, usable.numpy(), separable.numpy())
@@ -99,27 +102,16 @@ def _ranked(
 
 
 def _fit(
-    x: Float[Tensor, "row w"], row: Int[Tensor, "concept drawn"], sample: Sample, start: int, order: Tensor
+    x: Float[Tensor, "w row"], row: Int[Tensor, "concept drawn"], sample: Sample, start: int, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients and intercepts on raw activations, whether they can be used, whether they make no error."""
     stop = start + len(row)
     used, positive = sample.used[start:stop], sample.positive[start:stop]
-    values = x[row[:, :, None], order[:, None, :]].double() * used[..., None]
-    n = used.sum(1)[:, None, None]
-    mean = values.sum(1, keepdim=True) / n
-    values = (values - mean) * used[..., None]
-    sd = ((values * values).sum(1, keepdim=True) / n).sqrt()
-    scale = torch.where(sd > 0, sd, 1.0)
-    values /= scale
-    y = positive.double()
-    fit = fit_logistic(values, y, balanced_weights(y, used))
-    logit = torch.bmm(values, fit.coef[..., None]).squeeze(-1)
-    lowest = logit.masked_fill(~positive, torch.inf).amin(1)
-    separable = lowest > logit.masked_fill(positive | ~used, -torch.inf).amax(1)
-    coef = fit.coef / scale.squeeze(1)
-    intercept = fit.intercept - (coef * mean.squeeze(1)).sum(1)
-    usable = fit.converged & (sd.squeeze(1) > 0).any(1)
-    return coef, intercept, usable, separable
+    values = x[order[:, :, None], row[:, None, :]].double().transpose(1, 2)
+    fit = fit_standardised(values, positive.double(), used)
+    lowest = fit.logit.masked_fill(~positive, torch.inf).amin(1)
+    separable = lowest > fit.logit.masked_fill(positive | ~used, -torch.inf).amax(1)
+    return fit.coef, fit.intercept, fit.converged & (fit.sd > 0).any(1), separable
 
 
 def logits(h: Float[Tensor, "row d_ff"], sample: Sample, fitted: Fitted) -> Float[ndarray, "drawn concept"]:
@@ -134,25 +126,21 @@ def auroc(score: Float[ndarray, "drawn concept"], sample: Sample) -> Float[ndarr
     return ranking_scores(score, sample.positive.T.numpy(), sample.used.T.numpy())[0]
 
 
-def metrics(score: Float[ndarray, "drawn concept"], sample: Sample) -> dict[str, Float[ndarray, "concept"]]:
-    """``f1``, ``f1_balanced``, ``auroc`` and ``prevalence`` of every concept over its drawn rows."""
-    confusion = Confusion.count(score >= 0, sample.positive.T.numpy(), sample.used.T.numpy())
-    found = {name: getattr(confusion, name) for name in ("f1", "f1_balanced", "prevalence")}
-    return {**found, "auroc": auroc(score, sample)}
-
-
 def document_counts(
     score: Float[ndarray, "drawn concept"], sample: Sample, place: Int[ndarray, "corpus_document"], n_documents: int
 ) -> Float[ndarray, "concept document count"]:
-    """Per document tp, fp, fn, tn and summed placements, as ``Evaluator.document_counts`` has them.
+    """`document_sums` of the drawn rows.
 
     Args:
         place: where each document of the corpus goes on the document axis.
     """
     truth, used = sample.positive.T.numpy(), sample.used.T.numpy()
-    yes, placed = score >= 0, placements(score, truth, used)
-    at = np.arange(score.shape[1]) * n_documents + place[sample.document.T.numpy()]
-    columns = [truth & yes, ~truth & yes, truth & ~yes, ~truth & ~yes, placed * truth, placed * ~truth]
-    size = score.shape[1] * n_documents
-    counts = [np.bincount(at[used], c[used].astype(np.float64), minlength=size) for c in columns]
-    return np.stack(counts, -1).reshape(score.shape[1], n_documents, len(COUNTS)).astype(np.float32)
+    return document_sums(score, truth, used, np.where(used, place[sample.document.T.numpy()], 0), n_documents)
+
+
+def metrics(counts: Float[ndarray, "concept document count"]) -> Float[ndarray, "metric concept"]:
+    """``METRICS`` of every concept from its `document_counts`; NaN where a class is missing."""
+    total = counts.sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        area = total[:, 4] / (total[:, 0] + total[:, 2])
+    return np.stack([*(f1_of_counts(total[:, :4], name) for name in METRICS[:-1]), area])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from moe_lens.capture.stream import stream
 from moe_lens.capture.tokens import TokenTable
 from moe_lens.corpus.batches import Tokenized, batches
 from moe_lens.corpus.splits import code_of
-from moe_lens.probing.pairing import Alignment, BlockPair, Sample, Visits
+from moe_lens.probing.equal.pairing import Alignment, BlockPair, Sample, Visits
 from moe_lens.probing.settings import MINIMUM_EVAL, MINIMUM_SELECT, Minimum, ProbeSettings
 from moe_lens.types import Split
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moe_lens.models.lens import Lens
     from moe_lens.models.spec import LayerSpec
 
+T = TypeVar("T")
 RANDOM, ROUTER = ARMS = ("equal_random_tokens", "equal_router_tokens")
 
 
@@ -99,7 +101,9 @@ class SplitRows:
 
 
 class Matched:
-    """One split in both models.
+    """One split in both models; ask for pairs expert by expert, as `once` forgets the expert before.
+
+    A thread needs a `view` of its own.
 
     Args:
         group: layers that are paired, MoE first.
@@ -122,10 +126,20 @@ class Matched:
         self.empty = not len(self.documents)
         if self.empty:
             return
+        for moe_layer, dense_layer in group:  # sorts the rows, before threads read them
+            self.moe.token(moe_layer.layer, 0)
+            self.dense.token(dense_layer.layer, 0)
         self._alignment = Alignment(self.moe.tokens, self.dense.tokens)
         # A dense layer's one expert has the same rows in the same order in every layer: all tokens, by key.
         self._every = Visits.of(self.dense.tokens, self.dense.token(group[0][1].layer, 0), models.both_read)
-        self._last: tuple[tuple[int, int], Visits] | None = None
+        self._expert: tuple[int, int] | None = None
+        self._known: dict[Hashable, object] = {}
+
+    def view(self) -> Matched:
+        """The same rows with a memory of its own."""
+        other = copy(self)
+        other._expert, other._known = None, {}
+        return other
 
     def load(self, layer: LayerSpec) -> Int[ndarray, "expert"]:
         """Eligible tokens of every expert of the MoE's `layer`."""
@@ -135,44 +149,72 @@ class Matched:
         """All neurons of the pair's expert, and of its dense layer."""
         return self.moe.activation(pair.layer, pair.expert), self.dense.activation(pair.dense_layer, 0)
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, or what it returned before: an expert stands in several draws and in both arms.
+
+        Objects in `key` count by identity, and live as long as the answer does.
+        """
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]  # type: ignore[return-value]
+
     def visits(self, arm: str, pair: BlockPair) -> tuple[Visits, Visits]:
         """Rows that the pair's expert and block may use, before they are made equally many."""
         at = pair.layer, pair.expert
-        if self._last is None or self._last[0] != at:  # both arms ask in turn; the labels of all experts are large
-            self._last = at, Visits.of(self.moe.tokens, self.moe.token(*at), self.models.both_read)
-        moe, dense = self._last[1], self._every
-        if arm == ROUTER:
-            if not bool(self.models.same_text.all()):
-                moe = moe.at(self.models.same_text[moe.document])
-            dense = dense.at(self._alignment.carry(moe.token, self.dense.tokens.n_tokens)[dense.token])
-        return moe, dense
+        if self._expert != at:
+            self._expert, self._known = at, {}
+        moe = self.once("visits", lambda: Visits.of(self.moe.tokens, self.moe.token(*at), self.models.both_read))
+        return self.once(("visits", arm), lambda: self._allowed(arm, moe))
+
+    def _allowed(self, arm: str, moe: Visits) -> tuple[Visits, Visits]:
+        if arm == RANDOM:
+            return moe, self._every
+        if not bool(self.models.same_text.all()):
+            moe = moe.at(self.models.same_text[moe.document])
+        return moe, self._every.at(self._alignment.carry(moe.token, self.dense.tokens.n_tokens)[self._every.token])
 
     def samples(self, arm: str, pair: BlockPair, concepts: Int[ndarray, "concept"]) -> tuple[Sample, Sample] | None:
-        """Equally many positives and negatives for the expert and for the block.
+        """Equally many positives and negatives for the expert and for the block, each from enough documents.
 
-        Of those of `concepts` that have the tokens for it; None if none has. On select at most ``max_rows``, half
-        of them positive where there are enough.
+        The block's sample has those of `concepts` that both sides have the tokens and documents for; None if there
+        are none. The expert's has these and more, and is one object for all pairs and arms that draw the same rows.
+        On select at most ``max_rows``, half of them positive where there are enough.
         """
         if self.empty or not len(concepts):
             return None
         moe, dense = self.visits(arm, pair)
-        n = torch.minimum(moe.n, dense.n)[:, concepts]
-        enough = (n >= self.need.tokens).all(0)
-        concepts, n = concepts[enough.numpy()], n[:, enough]
+        n = torch.minimum(moe.n, dense.n)
+        can = (n >= self.need.tokens).all(0)
+        possible = self.models.possible[can[self.models.possible].numpy()]
+        mine = self.once(
+            ("moe", moe, possible.tobytes(), n[:, possible].numpy().tobytes()), lambda: self._draw(moe, possible, n)
+        )
+        concepts = np.intersect1d(concepts, mine.concepts)
         if not len(concepts):
             return None
+        if arm == ROUTER:
+            theirs = self.once(("dense", mine), lambda: self._draw(dense, mine.concepts, n)).of(concepts)
+        else:
+            rng = np.random.default_rng([self.models.seed, pair.draw, pair.layer, pair.block, code_of(self.split)])
+            order = rng.permutation(self.documents)
+            theirs = self._draw(dense, concepts, n, order=order, spread=mine.of(concepts).documents)
+        return (mine, theirs) if len(theirs.concepts) else None
+
+    def _draw(
+        self,
+        visits: Visits,
+        concepts: Int[ndarray, "concept"],
+        n: Int[Tensor, "class every_concept"],
+        *,
+        order: Int[ndarray, "document"] | None = None,
+        spread: Int[ndarray, "concept class"] | int = 0,
+    ) -> Sample:
+        """Rows of `concepts`, without those whose rows come from too few documents."""
+        n = n[:, concepts]
         take = n
         if self.split is Split.SELECT:  # as fit.draw_rows: positives take what negatives leave
             most = self.models.settings.max_rows
             negative = torch.minimum(n[1], most - n[0].clamp(max=most // 2))
             take = torch.stack([torch.minimum(n[0], most - negative), negative])
-        mine = moe.draw(concepts, take)
-        if arm == ROUTER:
-            return mine, dense.draw(concepts, take)
-        rng = np.random.default_rng([self.models.seed, pair.draw, pair.layer, pair.block, code_of(self.split)])
-        order = rng.permutation(self.documents)
-        return mine, dense.draw(concepts, take, hold=n, order=order, spread=mine.documents)
-
-    def enough(self, *samples: Sample) -> Bool[ndarray, "concept"]:
-        """Whether both classes come from enough documents, in all of the samples."""
-        return np.logical_and.reduce([(s.documents >= self.need.documents).all(1) for s in samples])
+        sample = visits.draw(concepts, take, hold=n, order=order, spread=spread)
+        return sample.lines(np.all(sample.documents >= self.need.documents, axis=1))

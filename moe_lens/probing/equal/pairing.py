@@ -85,7 +85,7 @@ def draw_pairs(
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """Drawn rows of one cell, one line per concept, padded to the longest line."""
 
@@ -101,9 +101,15 @@ class Sample:
 
     def lines(self, which: Bool[ndarray, "concept"]) -> Sample:
         """Some of the concepts."""
+        if which.all():
+            return self
         i = torch.from_numpy(which)
         lines = self.row[i], self.positive[i], self.used[i], self.document[i]
         return Sample(self.concepts[which], *lines, self.documents[which])
+
+    def of(self, concepts: Int[ndarray, "some"]) -> Sample:
+        """Those of `concepts` that the sample holds, in its order."""
+        return self.lines(np.isin(self.concepts, concepts))
 
     @property
     def n_pos(self) -> Int[ndarray, "concept"]:
@@ -114,7 +120,7 @@ class Sample:
         return self.used.sum(1).numpy()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Visits:
     """Rows that a cell may use, by rising random key: the first m are a random m."""
 
@@ -159,39 +165,29 @@ class Visits:
         order: Int[ndarray, "document"] | None = None,
         spread: Int[ndarray, "concept class"] | int = 0,
     ) -> Sample:
-        """Draw `n` rows of each class of each of `concepts`.
+        """Draw `n` rows of each class of each of `concepts`, as far as there are so many.
 
         Args:
             order: draw from whole documents: as many of this order as it takes to hold `hold` rows of both classes.
             spread: and as it takes for each class to occur in so many documents.
         """
-        last = when = None
+        prefix, there = None, self.n[:, concepts].numpy()
         if order is not None:
-            last = torch.from_numpy(self._prefix(concepts, n if hold is None else hold, order, spread))
-            place = np.full(max(int(order.max()), int(self.document.max())) + 1, len(order) + 1)
+            last, there = self._prefix(concepts, n if hold is None else hold, order, spread)
+            place = np.full(max(int(order.max()), int(self.document.max())) + 1, len(order) + 1, np.int32)
             place[order] = np.arange(len(order))
-            when = torch.from_numpy(place)[self.document]
-        parts = []
-        for side in range(2):
-            concept, visit = self._first(side, torch.from_numpy(concepts), n[side], last, when)
-            parts.append((concept, visit, torch.full_like(concept, side == 0, dtype=torch.bool)))
-        concept, visit, positive = (torch.cat(column) for column in zip(*parts, strict=True))
-        length = torch.stack([torch.bincount(part[0], minlength=len(concepts)) for part in parts])
-        start = torch.stack([torch.zeros_like(length[0]), length[0]])
-        column = torch.cat([_rank(part[0], length[i]) + start[i][part[0]] for i, part in enumerate(parts)])
-        shape = (len(concepts), int(length.sum(0).max()) if len(concepts) else 0)
-
-        def padded(value: Tensor) -> Tensor:
-            out = torch.zeros(shape, dtype=value.dtype)
-            out[concept, column] = value
-            return out
-
-        document = self.document[visit]
-        documents = [_distinct(part[0], self.document[part[1]], len(concepts)) for part in parts]
-        return Sample(
-            concepts, padded(self.row[visit]), padded(positive), padded(torch.ones_like(positive)),
-            padded(document), np.stack(documents, 1),
-        )  # fmt: skip
+            prefix = place[self.document.numpy()], last.astype(np.int32)[:, None]
+        take = np.minimum(n.numpy(), there)
+        n_pos, n_all = take[0][:, None], take.sum(0)[:, None]
+        column = np.arange(int(n_all.max(initial=0)))
+        used, positive = column < n_all, column < n_pos
+        visit = np.zeros(used.shape, np.int64)
+        visit[positive] = self._first(0, concepts, take[0], there[0], prefix)
+        visit[used & ~positive] = self._first(1, concepts, take[1], there[1], prefix)
+        row, document = (np.where(used, known.numpy()[visit], 0) for known in (self.row, self.document))
+        documents = [_distinct(document, member) for member in (positive, used & ~positive)]
+        row, positive, used, document = (torch.from_numpy(value) for value in (row, positive, used, document))
+        return Sample(concepts, row, positive, used, document, np.stack(documents, 1))
 
     def _prefix(
         self,
@@ -199,47 +195,45 @@ class Visits:
         n: Int[Tensor, "class concept"],
         order: Int[ndarray, "document"],
         spread: Int[ndarray, "concept class"] | int,
-    ) -> Int[ndarray, "concept"]:
-        """Place in `order` of the last document that each concept needs."""
+    ) -> tuple[Int[ndarray, "concept"], Int[ndarray, "class concept"]]:
+        """Place in `order` of the last document that each concept needs, and the rows in all up to there."""
         counts = self.per_document[np.minimum(order, len(self.per_document) - 1)][..., concepts]
         rows, documents = counts.cumsum(0), (counts > 0).cumsum(0)
         wanted = np.minimum(np.transpose(spread), documents[-1])
         reached = np.all((rows >= n.numpy()) & (documents >= wanted), axis=1)  # once True, True for all later documents
-        return np.where(reached[-1], reached.argmax(0), len(order))
+        last = np.where(reached[-1], reached.argmax(0), len(order) - 1)
+        return last, np.take_along_axis(rows, last[None, None], 0)[0]
 
     def _first(
         self,
         side: int,
-        concepts: Int[Tensor, "concept"],
-        n: Int[Tensor, "concept"],
-        last: Int[Tensor, "concept"] | None,
-        when: Int[Tensor, "visit"] | None,
-    ) -> tuple[Int[Tensor, "drawn"], Int[Tensor, "drawn"]]:
-        """(line, visit) of the first `n` rows of one class, by line; reads no further than it has to."""
-        stop = max(1024, 2 * int(n.max()))
+        concepts: Int[ndarray, "concept"],
+        n: Int[ndarray, "concept"],
+        there: Int[ndarray, "concept"],
+        prefix: tuple[Int[ndarray, "visit"], Int[ndarray, "concept 1"]] | None,
+    ) -> Int[ndarray, "drawn"]:
+        """The first `n` visits of one class, concept after concept; reads about as far as it has to."""
+        share = float((n / np.maximum(there, 1)).max(initial=0))
+        stop = min(len(self.row), 1024 + int(1.1 * share * len(self.row)))  # keys are random: rows are spread evenly
         while True:
-            member = self.classes[side, concepts, :stop]
-            if last is not None and when is not None:
-                member &= when[:stop] <= last[:, None]
-            if stop >= len(self.row) or bool((member.sum(1) >= n).all()):
+            member = self.classes[side, :, :stop][torch.from_numpy(concepts)].numpy()
+            if prefix is not None:
+                member &= prefix[0][:stop] <= prefix[1]
+            found = np.flatnonzero(member)
+            start = np.searchsorted(found, np.arange(len(concepts) + 1) * stop)
+            if stop == len(self.row) or bool((np.diff(start) >= n).all()):
                 break
-            stop *= 2
-        line, visit = member.nonzero(as_tuple=True)
-        keep = _rank(line, torch.bincount(line, minlength=len(concepts))) < n[line]
-        return line[keep], visit[keep]
+            stop = min(len(self.row), 2 * stop)
+        line = np.repeat(np.arange(len(concepts)), n)
+        return found[np.arange(len(line)) + (start[:-1] - n.cumsum() + n)[line]] - line * stop
 
 
-def _rank(group: Int[Tensor, "item"], size: Int[Tensor, "group"]) -> Int[Tensor, "item"]:
-    """Number of each item within its group; items are sorted by group."""
-    return torch.arange(len(group)) - (size.cumsum(0) - size)[group]
-
-
-def _distinct(group: Int[Tensor, "item"], document: Int[Tensor, "item"], n_groups: int) -> Int[ndarray, "group"]:
-    """Different documents in each group."""
-    n_documents = int(document.max()) + 1 if len(document) else 1
-    hit = torch.zeros(n_groups * n_documents, dtype=torch.bool)
-    hit[group * n_documents + document] = True
-    return hit.view(n_groups, n_documents).sum(1).numpy()
+def _distinct(document: Int[ndarray, "concept row"], member: Bool[ndarray, "concept row"]) -> Int[ndarray, "concept"]:
+    """Different documents behind the member rows of each concept."""
+    n_documents = int(document.max(initial=0)) + 1
+    hit = np.zeros((len(document), n_documents), bool)
+    hit.reshape(-1)[(document + np.arange(len(document))[:, None] * n_documents)[member]] = True
+    return hit.sum(1)
 
 
 class Alignment:

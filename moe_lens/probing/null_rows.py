@@ -1,0 +1,127 @@
+"""Rows of arm ``null``: what the pipeline reports when labels are exchanged (METRICS 1.3, item 7).
+
+``moe`` and ``dense`` are the mean over permutations of the held-out score of the chosen cell, ``gap`` of their
+difference; ``..._low`` and ``..._high``, ``ci_low`` and ``ci_high`` are the range that holds 95 % of permutations.
+Rows of metric ``auroc`` carry p-values of either model's studentised maximum over cells: ``p_value`` and
+``p_value_dense``, within the concept; ``q_value`` by Benjamini-Hochberg and ``p_adjusted`` by max-T over the
+concepts, for the MoE. In row ``__mean__`` the p-values are those of the mean held-out score. ``kept`` is the share
+of labels that an exchange leaves where they were; the more, the less power.
+
+Rows of arm ``held_out`` at k = 1 get ``null_mean`` and ``p_value`` of the MoE from here.
+
+The null says that activations and routing tell nothing about the concept. To reject it is not to show that two
+models differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_lens.stats import benjamini_hochberg, percentile_interval, permutation_p
+from moe_lens.types import Status
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+    from moe_lens.probing.nulls import NullDistribution
+
+METRICS = ("f1_balanced", "auroc")
+"""Metrics that do not move with the prevalence, which an exchange changes in every cell."""
+_MEAN = "__mean__"
+
+
+def null_rows(
+    rows: Sequence[Mapping[str, Any]],
+    nulls: Mapping[str, NullDistribution],
+    group_of: Mapping[str, str],
+    averaged: Mapping[str, Collection[str]],
+) -> list[dict[str, Any]]:
+    """The comparison's rows with those of the null behind them, and p-values in the rows of ``held_out``.
+
+    Args:
+        nulls: by role.
+        averaged: concepts that the mean is over, by metric.
+    """
+    out = []
+    p = {f"p_value{_suffix(role)}": dict(zip(null.names, null.p, strict=True)) for role, null in nulls.items()}
+    known = p["p_value"]
+    adjusted = dict(zip(nulls["moe"].names, nulls["moe"].p_adjusted, strict=True))
+    q = dict(zip(known, benjamini_hochberg(np.array(list(known.values()))), strict=True))
+    kept = dict(zip(nulls["moe"].names, nulls["moe"].kept, strict=True))
+    for metric in METRICS:
+        for concept in group_of:
+            row = _row(metric, concept, {role: _scores(null, metric, [concept], {}) for role, null in nulls.items()})
+            if metric == "auroc":
+                row |= {name: by_concept[concept] for name, by_concept in p.items()}
+                row |= {"q_value": q[concept], "p_adjusted": adjusted[concept]}
+            out.append(row | {"kept": kept[concept]})
+        among = sorted(averaged[metric])
+        mean = {role: _scores(null, metric, among, group_of) for role, null in nulls.items()}
+        row = _row(metric, _MEAN, mean) | {"n_concepts": len({group_of[name] for name in among})}
+        for role, (observed, null) in mean.items():
+            row[f"p_value{_suffix(role)}"] = float(permutation_p(np.array([observed]), null[:, None])[0])
+        out.append(row)
+    by_key = {(row["concept"], row["metric"]): row for row in out}
+    return [_with_null(row, by_key) for row in rows] + out
+
+
+def mean_null_gap(
+    nulls: Mapping[str, NullDistribution], metric: str, concepts: Collection[str], group_of: Mapping[str, str]
+) -> Float[ndarray, "permutation"]:
+    """The mean gap over concept groups under each permutation; both models share the exchanges."""
+    moe, dense = (_scores(nulls[role], metric, sorted(concepts), group_of)[1] for role in ("moe", "dense"))
+    return moe - dense
+
+
+def _suffix(role: str) -> str:
+    return "" if role == "moe" else f"_{role}"
+
+
+def _scores(
+    null: NullDistribution, metric: str, concepts: Sequence[str], group_of: Mapping[str, str]
+) -> tuple[float, Float[ndarray, "permutation"]]:
+    """Held-out score under the true labels and under each permutation: the mean over groups of concepts."""
+    groups: dict[str, list[int]] = {}
+    for name in concepts:
+        groups.setdefault(group_of.get(name, name), []).append(null.names.index(name))
+    every = np.concatenate([getattr(null.observed, metric), getattr(null.null, metric)])
+    if not groups:
+        return np.nan, np.full(len(every) - 1, np.nan)
+    table = np.stack([_known_mean(every[:, members]) for members in groups.values()], 1)
+    mean = _known_mean(table)
+    return float(mean[0]), mean[1:]
+
+
+def _known_mean(values: Float[ndarray, "row column"]) -> Float[ndarray, "row"]:
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(1) / known.sum(1)
+
+
+def _row(metric: str, concept: str, found: Mapping[str, tuple[float, Float[ndarray, "permutation"]]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": "null", "concept": concept, "k": 1, "metric": metric}
+    for role in ("moe", "dense"):
+        row |= _band(found[role][1] if role in found else None, role, f"{role}_low", f"{role}_high")
+    gap = found["moe"][1] - found["dense"][1] if "dense" in found else None
+    row |= _band(gap, "gap", "ci_low", "ci_high")
+    missing = any(np.isnan(observed) for observed, _ in found.values())
+    return row | {"n_seeds": 1, "status": (Status.TOO_FEW if missing else Status.OK).value}
+
+
+def _band(values: Float[ndarray, "permutation"] | None, mean: str, low: str, high: str) -> dict[str, float]:
+    if values is None or not np.isfinite(values).any():
+        return dict.fromkeys((mean, low, high), np.nan)
+    bounds = percentile_interval(values)
+    return {mean: float(np.nanmean(values)), low: float(bounds[0]), high: float(bounds[1])}
+
+
+def _with_null(row: Mapping[str, Any], nulls: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+    key = row["concept"], row["metric"]
+    if row["arm"] != "held_out" or row["k"] != 1 or key not in nulls:
+        return dict(row)
+    null = nulls[key]
+    return {**row, "null_mean": null["moe"], "p_value": null.get("p_value", np.nan)}
