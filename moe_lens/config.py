@@ -121,6 +121,9 @@ class ProbeConfig(BaseModel):
         default=None, description="limit on the process, such as 4GB (60 % of what is free)"
     )
     all_cells: bool = Field(default=False, description="fit every k in every cell, not only in the best ones at k=1")
+    protocol: Literal["moe-lens", "herbst2026"] = Field(
+        default="moe-lens", description="herbst2026: that of arXiv 2604.02178, in tables of its own"
+    )
     draws: int = Field(default=20, ge=0, description="random draws of equal cells from model and baseline, 0 for none")
     neurons: bool = Field(default=True, description="count the concept groups that single neurons serve")
     permutations: int = Field(default=999, ge=0, description="exchanges of labels behind each p-value, 0 for none")

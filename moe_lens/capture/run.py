@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -168,6 +169,8 @@ def create_run(path: str | Path, identity: dict[str, Any], *, resume: bool = Tru
         run = Run(path)
         manifest = run.manifest
         if manifest.get("identity_hash") == digest(identity):
+            for stray in path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                stray.unlink(missing_ok=True)
             if not resume:
                 _empty(path)
             else:
@@ -219,7 +222,13 @@ def package_versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Largest resident set of this process so far, in bytes.
+
+    On Linux ``VmHWM``: a new process inherits ``ru_maxrss`` from the one that started it, a large notebook say.
+    """
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

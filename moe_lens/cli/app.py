@@ -59,6 +59,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Errors are one line on stderr."""
     words = normalise(sys.argv[1:] if argv is None else argv)
+    # before torch is imported: its threads would spin while they wait, and take the cores from those of the cells
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         command = typer.main.get_command(app)
         with command.make_context("moe-lens", words) as context:

@@ -120,7 +120,7 @@ def _model_plan(
         document_tokens=settings.document_tokens,
         seed=settings.seed,
     )
-    check_scorable(tokenized, DOCUMENTS_NEEDED, context=spec.max_positions)
+    check_scorable(tokenized, DOCUMENTS_NEEDED)
     wanted = set(layers or spec.moe_layers or spec.dense_layers)
     chosen = [entry for entry in spec.layers if entry.layer in wanted]
     tokens = _tokens_by_split(tokenized)

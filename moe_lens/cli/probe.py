@@ -43,7 +43,7 @@ def probe(
     **flags: Any,
 ) -> None:
     """Probe the neurons of every expert for concepts, and compare with a baseline model."""
-    from moe_lens.cli import published, render
+    from moe_lens.cli import herbst, published, render
 
     if from_published or more:
         published.show(from_published, more, {"config": config, "dry_run": dry_run, **flags}, json=json)
@@ -52,6 +52,8 @@ def probe(
     if not dry_run and settings.output is None:
         name = settings.model.rstrip("/").split("/")[-1].replace(":", "-")
         settings = settings.model_copy(update={"output": Path("runs") / name})
+    if settings.protocol == herbst.NAME:
+        herbst.check(settings)
     specs = check_models(settings)
     check_tokenizers(settings, specs)
     text = read_corpus(settings)
@@ -60,6 +62,9 @@ def probe(
 
         plan = make_plan(settings, specs, text)
         render.print_json(plan.to_dict()) if json else render.plan(plan)
+        return
+    if settings.protocol == herbst.NAME:
+        herbst.show(settings, text, json=json)
         return
     probes = run(settings, text)
     if json:

@@ -67,12 +67,11 @@ def _refuse_few(corpus: Corpus, codes: Int[ndarray, "document"], needed: Mapping
         )
 
 
-def check_scorable(tokenized: Tokenized, needed: Mapping[Split, int], *, context: int | None = None) -> None:
+def check_scorable(tokenized: Tokenized, needed: Mapping[Split, int]) -> None:
     """Refuse tokens on which no probe can be scored, and warn of what is only partly unusable.
 
     Args:
         needed: as in `check_corpus`.
-        context: tokens that the model can attend to; texts longer than that are counted in a warning.
 
     Raises:
         BadCorpus: too few documents in some split.
@@ -92,11 +91,6 @@ def check_scorable(tokenized: Tokenized, needed: Mapping[Split, int], *, context
         raise BadConcept(f"nothing to probe: in {where} {' and '.join(found)}; choose or write other concepts")
     if found:
         log.warning("in %s %s: not scored", where, " and ".join(found))
-    if context is not None and (n_long := int((tokenized.document_lengths > context).sum())):
-        log.warning(
-            "%d of %d documents are longer than the context of %d tokens: each is read in windows of %d",
-            n_long, len(read), context, tokenized.max_length,
-        )  # fmt: skip
 
 
 def constant_concepts(tokenized: Tokenized) -> tuple[list[str], list[str]]:

@@ -80,8 +80,14 @@ def _lexer(alias: str) -> Any:
     return get_lexer_by_name(alias)
 
 
-def class_spans(document: Document, rules: Iterable[TokenClass]) -> dict[TokenClass, Int[ndarray, "span 2"]]:
-    """Character spans of several token-class rules; the document is lexed once. Spans are sorted, disjoint."""
+def class_spans(
+    document: Document, rules: Iterable[TokenClass], *, until: int | None = None
+) -> dict[TokenClass, Int[ndarray, "span 2"]]:
+    """Character spans of several token-class rules; the document is lexed once. Spans are sorted, disjoint.
+
+    Args:
+        until: tokens that start here or later are not looked for.
+    """
     language = language_of(document)
     spans: dict[TokenClass, list[tuple[int, int]]] = {rule: [] for rule in rules}
     if language is None:
@@ -91,6 +97,8 @@ def class_spans(document: Document, rules: Iterable[TokenClass]) -> dict[TokenCl
     ]
     hits: dict[Any, list[TokenClass]] = {}  # rules of each token type met: a lexer uses a few dozen types
     for start, kind, value in _lexer(language).get_tokens_unprocessed(document.text):
+        if until is not None and start >= until:
+            break
         if kind not in hits:
             hits[kind] = [
                 rule for rule, types, but in wanted if any(kind in t for t in types) and not any(kind in t for t in but)

@@ -7,6 +7,8 @@ The syntax is that of the ``regex`` package (Apache-2.0), which can stop in the 
 from __future__ import annotations
 
 import math
+from functools import cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def check_pattern(pattern: Any, *, owner: str) -> str:
 
 
 def find_spans(
-    pattern: str, text: str, *, owner: str, document: str, limit: float = TIMEOUT_SECONDS
+    pattern: str, text: str, *, owner: str, document: str, limit: float = TIMEOUT_SECONDS, until: int | None = None
 ) -> Int[ndarray, "span 2"]:
     """Half-open character spans of all non-empty matches, sorted and disjoint.
 
@@ -63,20 +65,34 @@ def find_spans(
         owner: whose expression it is, for the message: ``concept 'ip'``.
         document: id of the text, for the message.
         limit: seconds of computing, for a text of up to `TIMEOUT_CHARACTERS`.
+        until: matches that start here or later are not looked for.
 
     Raises:
         BadConcept: the expression takes longer; it is interrupted.
     """
-    import regex
-
     budget = limit * max(1.0, len(text) / TIMEOUT_CHARACTERS)
+    compiled, reverse = _compiled(pattern)
+    end = len(text) if until is None else until
     try:
-        found = [match.span() for match in regex.compile(pattern).finditer(text, timeout=budget)]
+        matches = (match.span() for match in compiled.finditer(text, timeout=budget))
+        if reverse:
+            found = [span for span in matches if span[0] < end]
+        else:
+            found = list(takewhile(lambda span: span[0] < end, matches))
     except TimeoutError:
         raise too_slow(owner, pattern, budget, f"on document {document!r}") from None
     spans = np.array(found, np.int64).reshape(-1, 2)
     spans = spans[spans[:, 1] > spans[:, 0]]
     return spans[np.argsort(spans[:, 0], kind="stable")]  # (?r) searches from the end
+
+
+@cache
+def _compiled(pattern: str) -> tuple[Any, bool]:
+    """The expression, and whether it searches from the end."""
+    import regex
+
+    compiled = regex.compile(pattern)
+    return compiled, bool(compiled.flags & regex.REVERSE)
 
 
 def too_slow(owner: str, pattern: str, seconds: float, where: str) -> BadConcept:

@@ -70,8 +70,11 @@ class Tagger:
         self.timeout = timeout
         self._used: defaultdict[str, _Use] = defaultdict(_Use)
 
-    def tag(self, document: Document) -> DocumentTags:
+    def tag(self, document: Document, *, until: int | None = None) -> DocumentTags:
         """Scope and character spans of all concepts in one document.
+
+        Args:
+            until: spans that start at this character or later are not needed.
 
         Raises:
             BadConcept: a regular expression takes too long on this document, or on all so far.
@@ -80,7 +83,7 @@ class Tagger:
         rules = {
             c.labeller for c, on in zip(self.concepts, scope, strict=True) if on and isinstance(c.labeller, TokenClass)
         }
-        lexed = class_spans(document, rules) if rules else {}
+        lexed = class_spans(document, rules, until=until) if rules else {}
         regexes: dict[str, Int[ndarray, "span 2"]] = {}  # concepts of one group share a pattern
         columns: dict[tuple[str, ...], list[Tagged] | None] = {}
         none = np.zeros((0, 2), np.int64)
@@ -91,7 +94,7 @@ class Tagger:
                 pass
             elif isinstance(rule, Regex):
                 if rule.pattern not in regexes:
-                    regexes[rule.pattern] = self._matches(concept, rule.pattern, document)
+                    regexes[rule.pattern] = self._matches(concept, rule.pattern, document, until)
                 spans = regexes[rule.pattern]
             elif isinstance(rule, FieldEquals):
                 if document.fields[rule.field] in rule.values:
@@ -107,10 +110,10 @@ class Tagger:
             out.append(spans)
         return DocumentTags(scope, tuple(out))
 
-    def _matches(self, concept: Concept, pattern: str, document: Document) -> Int[ndarray, "span 2"]:
+    def _matches(self, concept: Concept, pattern: str, document: Document, until: int | None) -> Int[ndarray, "span 2"]:
         owner, text = f"concept {concept.name!r}", document.text
         started = time.thread_time()  # not the clock on the wall: another process is not the expression's fault
-        spans = find_spans(pattern, text, owner=owner, document=document.id, limit=self.timeout)
+        spans = find_spans(pattern, text, owner=owner, document=document.id, limit=self.timeout, until=until)
         use = self._used[pattern]
         use.seconds += time.thread_time() - started
         use.characters += len(text)

@@ -54,7 +54,8 @@ class WindowBuilder:
         """Windows of a document that was tokenised whole, without special tokens."""
         token = np.array(ids[: self.most], np.int64)
         start, end = whole_spans(document.text, np.array(spans[: self.most], np.int64).reshape(-1, 2))
-        tags = self.tagger.tag(document)
+        cut = self.most is not None and len(token) < len(ids)
+        tags = self.tagger.tag(document, until=int(end.max(initial=0)) if cut else None)
         special = np.isin(token, list(self.special_ids))
         start[special], end[special] = -1, -1
         packed = np.packbits(tags.token_bits(start, end), axis=1)

@@ -288,53 +288,45 @@ def _mean_row(
     arm: str, metric: str, k: int, found: Mapping[str, Mapping[str, Estimate]], group_of: Mapping[str, str]
 ) -> dict[str, Any]:
     """Average over concept groups, of the concepts that every model could be scored on."""
-    groups: dict[str, list[Mapping[str, Estimate]]] = {}
-    for name, both in found.items():
-        groups.setdefault(group_of[name], []).append(both)
-    roles = [role for role in ROLES if groups and all(role in both for both in found.values())]
-    mean = {role: _average([[both[role] for both in members] for members in groups.values()]) for role in roles}
+    members: dict[str, list[int]] = {}
+    for i, name in enumerate(found):
+        members.setdefault(group_of[name], []).append(i)
+    weight = np.zeros((len(found), len(members)))
+    for j, own in enumerate(members.values()):
+        weight[own, j] = 1 / len(own)
+    roles = [role for role in ROLES if found and all(role in both for both in found.values())]
+    by_role = {role: [both[role] for both in found.values()] for role in roles}
+    mean = {role: _average(estimates, weight.mean(1)) for role, estimates in by_role.items()}
     (row,) = _rows(arm, metric, k, {MEAN: mean}, complete=len(mean))
     low, high = np.nan, np.nan
-    if len(roles) == len(ROLES):
-        by_group = [
-            _average([[_difference(both) for both in members]]).boot if members else None for members in groups.values()
-        ]
-        low, high = _over_groups([boot for boot in by_group if boot is not None])
-    return row | {"ci_low_groups": low, "ci_high_groups": high, "n_concepts": len(groups)}
+    if len(roles) == len(ROLES) and all(map(_paired, *by_role.values())):
+        moe, dense = (_weighted([e.boot for e in by_role[role]], weight) for role in ROLES)
+        wide = average_over_groups(moe - dense, resample_groups=True)
+        low, high = map(float, wide.bca() if moe.jackknives else wide.percentile())
+    return row | {"ci_low_groups": low, "ci_high_groups": high, "n_concepts": len(members)}
 
 
-def _difference(both: Mapping[str, Estimate]) -> Estimate:
-    moe, dense = (both[role] for role in ROLES)
-    return Estimate(moe.value - dense.value, moe.boot - dense.boot, np.nan, 0, 0, np.nan, np.nan, None, None)
+def _weighted(boots: Sequence[Bootstrap], weight: Float[ndarray, "concept *out"]) -> Bootstrap:
+    jackknives = tuple(np.stack(j, -1) @ weight for j in zip(*(b.jackknives for b in boots), strict=True))
+    estimate = np.stack([b.estimate for b in boots], -1)
+    return Bootstrap(estimate @ weight, np.stack([b.draws for b in boots], -1) @ weight, jackknives)
 
 
-def _over_groups(groups: Sequence[Bootstrap]) -> tuple[float, float]:
-    """Interval of the mean over groups that resamples documents and groups."""
-    jackknives = tuple(np.stack(j, -1) for j in zip(*(b.jackknives for b in groups), strict=True))
-    every = Bootstrap(np.stack([b.estimate for b in groups]), np.stack([b.draws for b in groups], -1), jackknives)
-    mean = average_over_groups(every, resample_groups=True)
-    low, high = mean.bca() if jackknives else mean.percentile()
-    return float(low), float(high)
-
-
-def _average(groups: Sequence[Sequence[Estimate]]) -> Estimate:
-    """Mean over groups of the mean over members."""
-    everyone = [e for members in groups for e in members]
-    weight = np.concatenate([np.full(len(members), 1 / len(members) / len(groups)) for members in groups])
+def _average(estimates: Sequence[Estimate], weight: Float[ndarray, "concept"]) -> Estimate:
+    """Weighted mean over concepts."""
 
     def mean(values: Sequence[Any]) -> Any:
         return np.tensordot(weight, np.stack(values), 1)
 
-    jackknives = tuple(mean(j) for j in zip(*(e.boot.jackknives for e in everyone), strict=True))
-    boot = Bootstrap(mean([e.boot.estimate for e in everyone]), mean([e.boot.draws for e in everyone]), jackknives)
     by_draw = None
-    if all(e.by_draw is not None for e in everyone):
-        known = np.stack([e.by_draw for e in everyone if e.by_draw is not None])
+    if all(e.by_draw is not None for e in estimates):
+        known = np.stack([e.by_draw for e in estimates if e.by_draw is not None])
         here = np.isfinite(known) * weight[:, None]
         with np.errstate(invalid="ignore"):
             by_draw = (np.nan_to_num(known) * here).sum(0) / here.sum(0)
     return Estimate(
-        mean([e.value for e in everyone]), boot, float(mean([e.chance for e in everyone])),
-        max(e.n_cells for e in everyone), max(e.n_neurons for e in everyone),
-        float(mean([e.n_tokens for e in everyone])), float(mean([e.one_cell for e in everyone])), None, by_draw,
+        mean([e.value for e in estimates]), _weighted([e.boot for e in estimates], weight),
+        float(mean([e.chance for e in estimates])), max(e.n_cells for e in estimates),
+        max(e.n_neurons for e in estimates), float(mean([e.n_tokens for e in estimates])),
+        float(mean([e.one_cell for e in estimates])), None, by_draw,
     )  # fmt: skip

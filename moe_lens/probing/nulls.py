@@ -277,9 +277,21 @@ class _Bags:
         return cls(row, bag[row], torch.from_numpy(columns.token[row]), torch.from_numpy(offsets))
 
     def rank(self, score: Float[ndarray, "row"]) -> _Ranked:
-        """Rank the rows inside each bag, ties by their mean rank, as ``2 rank - n - 1``: a whole number of sum 0."""
+        """Rank the rows inside each bag, ties by their mean rank, as ``2 rank - n - 1``: a whole number of sum 0.
+
+        Bags without a fitted probe are emptied.
+        """
+        unknown = np.bincount(self.bag, np.isnan(score[self.row]), minlength=len(self.offsets) - 1)
+        return self._only(unknown == 0)._rank(score, unknown == 0)
+
+    def _only(self, which: Bool[ndarray, "bag"]) -> _Bags:
+        kept = which[self.bag]
+        bag = self.bag[kept]
+        offsets = torch.from_numpy(np.searchsorted(bag, np.arange(len(self.offsets))))
+        return _Bags(self.row[kept], bag, self.token[torch.from_numpy(kept)], offsets)
+
+    def _rank(self, score: Float[ndarray, "row"], fitted: Bool[ndarray, "bag"]) -> _Ranked:
         used = score[self.row]
-        fitted = np.bincount(self.bag, np.isnan(used), minlength=len(self.offsets) - 1) == 0
         order = np.lexsort((used, self.bag))
         value, bag = used[order], self.bag[order]
         new = np.ones(len(value), bool)

@@ -100,7 +100,7 @@ def probe(
     show that the model uses them for it, nor that they serve no other concept.
     """
     if protocol != "moe-lens":
-        raise BadConfig(f"unknown protocol {protocol!r}: this version offers 'moe-lens'")
+        raise BadConfig(f"ml.probe has no protocol {protocol!r}: for 'herbst2026' call moe_lens.probing.herbst2026")
     started = time.perf_counter()
     settings = _settings(
         lens, baseline, k=k, rank=rank, max_rows=max_rows, max_length=max_length, max_tokens=max_tokens,
@@ -114,7 +114,7 @@ def probe(
     resolved = _concepts(corpus, concepts)
     job = Job(lens, baseline, corpus, resolved, settings, chosen, cells, max_memory, progress)
     # an unusable corpus is refused before anything is written
-    check_scorable(job.tokenized(lens, seed), DOCUMENTS_NEEDED, context=lens.spec.max_positions)
+    check_scorable(job.tokenized(lens, seed), DOCUMENTS_NEEDED)
     run = None
     if out is not None:
         run = create_run(out, identity_of(lens, corpus, seed=seed), resume=resume)
@@ -274,6 +274,10 @@ def _finish(run: Run, job: Job, result: Probes, seconds: float) -> None:
                 "peak_memory": peak_memory_bytes(),
                 "max_memory": job.max_memory,
                 "passes": job.log,
+                "texts": {
+                    **job.corpus.skipped,
+                    "read_in_windows": int((tokenized.document_lengths > tokenized.max_length).sum()),
+                },
             }
         }
     )

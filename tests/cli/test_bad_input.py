@@ -141,11 +141,12 @@ def test_what_is_only_partly_bad_is_said_and_left_out(
     assert {record.getMessage() for record in caplog.records if record.name == "moe_lens"} == {
         "damaged.jsonl: texts left out: 2 not UTF-8, 1 empty",
         "in damaged.jsonl concept 'never' matches no token and concept 'every' matches every token: not scored",
-        "80 of 81 documents are longer than the context of 64 tokens: each is read in windows of 64",
     }
     if not dry_run:
         import pandas as pd
 
+        texts = json.loads(Path("out/manifest.json").read_text())["commands"]["probe"]["texts"]
+        assert texts == {"invalid_utf8": 2, "empty": 1, "read_in_windows": 80}
         status = pd.read_parquet("out/probe.parquet").groupby("concept")["status"].unique()
         assert set(status["never"]) == set(status["every"]) == {"too_few"}
         assert "ok" in status["contains_digit"]

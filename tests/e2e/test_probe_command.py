@@ -56,11 +56,8 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_undisturbed_one(
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert (process.returncode, out, err) == (
-        130,
-        "",
-        "moe-lens: interrupted; the same command continues from its finished parts\n",
-    )
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("moe-lens: interrupted; the same command continues from its finished parts\n")
     assert moe(*words, "-o", "a").returncode == 0
     assert moe(*words, "-o", "b").returncode == 0
     for name in ("probe", "comparison", "routing"):

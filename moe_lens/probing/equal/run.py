@@ -33,7 +33,7 @@ from moe_lens.probing.equal.pairing import BlockPair, Sample, draw_pairs, layer_
 from moe_lens.probing.equal.probes import Fitted, auroc, document_counts, fit_cell, logits, metrics
 from moe_lens.probing.equal.rows import ARMS, Matched, TwoModels
 from moe_lens.probing.equal.scores import CHOICES, EqualScores
-from moe_lens.probing.memory import default_limit, resident_bytes, working_bytes
+from moe_lens.probing.memory import default_limit, release, resident_bytes, working_bytes
 from moe_lens.probing.settings import ProbeSettings
 from moe_lens.probing.threads import in_threads
 from moe_lens.types import Role, Split, Status
@@ -250,6 +250,7 @@ class _Run:
         self._test(self._read(Split.TEST, group), cells)
 
     def _read(self, split: Split, group: Sequence[tuple[LayerSpec, LayerSpec]]) -> Matched:
+        release()  # what the split before has left
         rows = Matched(self.models, split, group)
         self.n_tokens += rows.n_tokens
         return rows

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 MOST = (100, 200)
 """Positives and negatives that are used at most: beyond, documents and not tokens set the precision."""
 DECILE = 0.1
+_VALUES = 1 << 22
+"""Activations whose firing is counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,16 @@ def score_cells(
         spread = np.logical_and.reduce([(s.documents >= MINIMUM_EVAL.documents).all(1) for s in samples])
         h = [cell.activation(split) for split in range(2)]
         found = [clustered_aurocs(a, s.lines(spread), fold, n_folds) for a, s in zip(h, samples, strict=True)]
-        return CellAurocs(cell, firing_rate(torch.cat(h)), groups[spread], *found)
+        return CellAurocs(cell, _firing_rates(h), groups[spread], *found)
 
     return list(in_threads(score, range(len(cells))))
+
+
+def _firing_rates(h: Sequence[Float[Tensor, "row neuron"]]) -> Float[ndarray, "neuron"]:
+    """`firing_rate` over the rows of all splits, some neurons at a time: a dense layer's rows are all tokens."""
+    step = max(1, _VALUES // max(1, sum(map(len, h))))
+    columns = range(0, h[0].shape[1], step)
+    return np.concatenate([firing_rate(torch.cat([part[:, at : at + step] for part in h])) for at in columns])
 
 
 def firing_rate(h: Float[Tensor, "row neuron"]) -> Float[ndarray, "neuron"]:

@@ -20,7 +20,7 @@ from moe_lens.corpus.splits import code_of
 from moe_lens.errors import BadConfig, MemoryLimit
 from moe_lens.probing.equal.pairing import layer_pairs
 from moe_lens.probing.equal.rows import SplitRows
-from moe_lens.probing.memory import default_limit, resident_bytes, working_bytes
+from moe_lens.probing.memory import default_limit, release, resident_bytes, working_bytes
 from moe_lens.probing.polysemanticity.cells import Cell, score_cells
 from moe_lens.probing.polysemanticity.compare import LayerComparison, compare_layer, layer_table
 from moe_lens.probing.polysemanticity.groups import ConceptGroup, concept_groups
@@ -100,11 +100,14 @@ def polysemanticity(
             for i, side in enumerate(sides)
         ]
         for pair in part:
+            release()  # rows that were joined
             cells = _cells(names, pair, rows)
             layer = join(score_cells(cells, concepts, allowed, fold, N_FOLDS), len(groups), seed=seed)
             compared = compare_layer(layer)
             frames.append(_frame(layer, compared, groups, len(found), names))
             found.append(compared)
+        del rows, cells, layer  # before the next group is read
+        release()
     at = [(pair[0].layer, pair[1].layer if len(pair) > 1 else None) for pair in pairs]
     return Polysemanticity(pd.concat(frames, ignore_index=True), layer_table(found, at))
 
