@@ -65,6 +65,9 @@ def null_rows(
         for role, (observed, null) in mean.items():
             row[f"p_value{_suffix(role)}"] = float(permutation_p(np.array([observed]), null[:, None])[0])
         out.append(row)
+    n_cells = {role: len(nulls[role].address) if role in nulls else 0 for role in ("moe", "dense")}
+    sizes = {"n_draws": 0, **{f"n_distinct_neurons_{role}": 0 for role in n_cells}}
+    out = [{**row, **sizes, **{f"n_cells_{role}": n for role, n in n_cells.items()}} for row in out]
     by_key = {(row["concept"], row["metric"]): row for row in out}
     return [_with_null(row, by_key) for row in rows] + out
 
