@@ -28,7 +28,7 @@ def demo(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare the bundled MoE with its dense twin; one to two minutes the first time, at once after that."""
+    """Compare the bundled MoE with its dense twin; one to two minutes the first time, seconds after that."""
     import moe_lens
     from moe_lens.cli import probe
 

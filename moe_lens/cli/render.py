@@ -20,20 +20,11 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 """Columns when stdout is no terminal."""
-ARMS = {
-    "raw": "own test score",
-    "homogeneous": "cells all alike",
-    "held_out": "held out",
-    "equal_random_tokens": "equal cells",
-    "equal_router_tokens": "router's tokens",
-    "routing_only": "routing alone",
-    "whole_population": "neuron on routing",
-    "null": "labels exchanged",
-}
 ARMS_NOTE = (
-    "own test score: the cell that scores best on test; cells all alike: expected best if all cells had the pooled "
-    "rates; held out: chosen on other documents; equal cells: as many cells, neurons and tokens in both; router's "
-    "tokens: and dense cells see what the router sends to their partner; routing alone, neuron on it: over all tokens"
+    "raw: the cell that scores best on test; homogeneous: expected best if all cells had the pooled rates; held_out: "
+    "chosen on other documents; equal_*: as many cells, neurons and tokens in both models, the dense cells on random "
+    "documents or on what the router sends to their partner; routing_only, whole_population (a neuron on top of the "
+    "routing): over all tokens; null: labels exchanged"
 )
 
 
@@ -219,6 +210,8 @@ def probes(found: Probes) -> None:
     typer.echo(found.finding())
     if found.neurons is not None:
         typer.echo(found.neurons.finding())
+    if found.run is not None:
+        typer.echo(f"figures: {found.write_figures(found.run.path / 'probe.html')}")
 
 
 def waterfall(found: Probes) -> None:
@@ -271,12 +264,14 @@ def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
 
 def arms(probes: Probes) -> None:
     """Mean over concepts under every arm that was run, in the metrics that do not move with the class balance."""
+    from moe_lens.probing.arms import LADDER
+
     k = int(probes.comparison["k"].min())
     found = {metric: probes.arms(metric=metric, k=k).set_index("arm") for metric in ("auroc", "f1_balanced")}
     both = probes.has_baseline
     names = [">MoE", ">base", ">gap", ">interval"] if both else [">MoE", ">interval"]
     rows = []
-    for arm, label in ARMS.items():
+    for arm in LADDER:
         if not any(arm in frame.index for frame in found.values()):
             continue
         cells: list[str] = []
@@ -288,7 +283,7 @@ def arms(probes: Probes) -> None:
             bounds = (row.ci_low, row.ci_high) if both else (row.moe_low, row.moe_high)
             gap = [number(row.dense), number(row.gap)] if both else []
             cells += [number(row.moe), *gap, interval(*bounds, digits=2)]
-        rows.append([label, *cells])
+        rows.append([arm, *cells])
     mean: Any = next(iter(found["auroc"].itertuples()))
     title = f"Best k={k} probe, mean over {int(mean.n_concepts)} concept groups"
     table(f"{title}: AUROC left, balanced F1 right", ["arm", *names, *names], rows, note=ARMS_NOTE)

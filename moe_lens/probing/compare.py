@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from moe_lens.probing.arms import LADDER, METRICS, REGISTRY, Arm, Estimates, ModelScores, Part
 from moe_lens.probing.null_rows import null_rows
 from moe_lens.stats import Bootstrap, average_over_groups, document_weights
-from moe_lens.types import Status
+from moe_lens.types import Granularity, Status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,35 +112,44 @@ def comparison_table(
     ``sd_draws`` that over random draws of cells.
 
     Concept ``__mean__`` averages over concept groups, so that duplicates count once, and over the same concepts in
-    every arm: those that ``raw`` could score in both models (fewer where an arm cannot score them). Its
+    every arm: those that all arms with any score could score in both models, so that arms can be subtracted. Its
     ``ci_low_groups`` and ``ci_high_groups`` resample concept groups as well as documents. An arm that was not run
     has no rows. The columns of arm ``null`` are explained in `probing.null_rows`.
 
     A positive gap in ``raw`` shows that a larger search found a better test score; it does not show that the
     MoE's neurons are cleaner. ``held_out`` removes the reuse of test data, not the larger choice of cells. No arm
-    shows that a model uses a neuron for the concept.
+    shows that a model uses a neuron for the concept. Intervals need documents: with positives in 5, 10 or 25 of 100
+    test documents a 95 % interval of balanced F1 covers 88, 92 or 94 % (simulated).
     """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    averaged: dict[tuple[str, int], set[str]] = {}
     group_of = {c.name: c.group or c.name for c in concepts}
     ks = sorted(set(moe[0].cells.k))
+    tables: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    averaged: dict[tuple[str, int], set[str]] = {}
     for arm in (name for name in LADDER if name in scores):
         both = scores[arm]
-        for metric in _metrics(both):
-            for k in ks:
-                found = {name: _found(both, metric, name, k) for name in group_of}
-                table = _rows(arm, metric, k, found, complete=len(both))
-                rows += table
-                n_seeds = max((row["n_seeds"] for row in table), default=0)
-                whole = {r["concept"] for r in table if r["status"] == Status.OK.value and r["n_seeds"] == n_seeds}
-                kept = whole & averaged.setdefault((metric, k), whole)
-                rows.append(_mean_row(arm, metric, k, {name: found[name] for name in found if name in kept}, group_of))
+        for metric, k in product(_metrics(both), ks):
+            found = {name: _found(both, metric, name, k) for name in group_of}
+            tables[arm, metric, k] = table = _rows(arm, metric, k, found, complete=len(both))
+            if whole := _whole(table):
+                averaged[metric, k] = averaged.get((metric, k), whole) & whole
+    for (arm, metric, k), table in tables.items():
+        kept = _whole(table) & averaged.get((metric, k), set())
+        found = {name: _found(scores[arm], metric, name, k) for name in group_of if name in kept}
+        rows += [*table, _mean_row(arm, metric, k, found, group_of)]
     nulls = nulls_of(moe, dense)
     if 1 in ks and nulls:
-        rows = null_rows(rows, nulls, group_of, {metric: averaged.get((metric, 1), set()) for metric in METRICS})
+        types = set(moe[0].cells.concept[moe[0].cells.granularity == Granularity.TYPE.value])
+        rows = null_rows(rows, nulls, group_of, {m: averaged.get((m, 1), set()) for m in METRICS}, types)
     return pd.DataFrame(rows)
+
+
+def _whole(table: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Concepts with a number in every model and seed."""
+    n_seeds = max((row["n_seeds"] for row in table), default=0)
+    return {row["concept"] for row in table if row["status"] == Status.OK.value and row["n_seeds"] == n_seeds}
 
 
 def nulls_of(moe: Sequence[ModelScores], dense: Sequence[ModelScores]) -> dict[str, NullDistribution]:

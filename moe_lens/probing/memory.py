@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -79,15 +80,16 @@ def layer_groups(
         MemoryLimit: a single layer does not fit.
     """
     limit = default_limit() if max_memory is None else max_memory
-    room = limit - resident_bytes() - working_bytes(layers, d_model=d_model, settings=settings, itemsize=itemsize)
+    taken = resident_bytes() + working_bytes(layers, d_model=d_model, settings=settings, itemsize=itemsize)
+    room = limit - taken
     groups: list[list[int]] = [[]]
     used = 0
     for layer in layers:
         need = layer_bytes(layer, n_classes=n_classes, n_rows=n_rows, settings=settings, itemsize=itemsize)
         if need > room:
             raise MemoryLimit(
-                f"layer {layer.layer} needs about {_gb(need - room)} more than --max-memory {_gb(limit)} leaves beside "
-                f"the model: raise --max-memory, or lower --max-tokens or --batch-size"
+                f"layer {layer.layer} needs about {gigabytes(taken + need)} in all and --max-memory is "
+                f"{gigabytes(limit)}: raise --max-memory, or lower --max-tokens or --batch-size"
             )
         if used + need > room:
             groups.append([])
@@ -97,5 +99,6 @@ def layer_groups(
     return groups
 
 
-def _gb(n: int) -> str:
-    return f"{n / 2**30:.1f}GB"
+def gigabytes(n: int) -> str:
+    """``1.25GB``, as ``--max-memory`` reads it; never less than `n`."""
+    return f"{math.ceil(n / 1e7) / 100:.2f}GB"

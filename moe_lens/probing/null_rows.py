@@ -7,7 +7,8 @@ Rows of metric ``auroc`` carry p-values of either model's studentised maximum ov
 concepts, for the MoE. In row ``__mean__`` the p-values are those of the mean held-out score. ``kept`` is the share
 of labels that an exchange leaves where they were; the more, the less power.
 
-Rows of arm ``held_out`` at k = 1 get ``null_mean`` and ``p_value`` of the MoE from here.
+Rows of arm ``held_out`` at k = 1 get ``null_mean`` and ``p_value`` of the MoE from here: the p of the studentised
+maximum over cells, not of the one held-out score.
 
 The null says that activations and routing tell nothing about the concept. To reject it is not to show that two
 models differ.
@@ -39,22 +40,29 @@ def null_rows(
     nulls: Mapping[str, NullDistribution],
     group_of: Mapping[str, str],
     averaged: Mapping[str, Collection[str]],
+    types: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """The comparison's rows with those of the null behind them, and p-values in the rows of ``held_out``.
 
     Args:
         nulls: by role.
         averaged: concepts that the mean is over, by metric.
+        types: concepts that are functions of the token type. Their p-values come out too small (see
+            `exchange_labels`): they get no q-value and no adjusted p, and are no part of the others' families.
     """
     out = []
-    p = {f"p_value{_suffix(role)}": dict(zip(null.names, null.p, strict=True)) for role, null in nulls.items()}
+    scored = {row["concept"] for row in rows if row["arm"] == "held_out" and row["k"] == 1 and np.isfinite(row["moe"])}
+    p = {f"p_value{_suffix(role)}": _known_p(null, scored) for role, null in nulls.items()}
     known = p["p_value"]
-    adjusted = dict(zip(nulls["moe"].names, nulls["moe"].p_adjusted, strict=True))
-    q = dict(zip(known, benjamini_hochberg(np.array(list(known.values()))), strict=True))
+    family = np.array([name in scored and name not in types for name in known])
+    adjusted = dict(zip(known, nulls["moe"].adjusted(family), strict=True))
+    q = dict(zip(known, benjamini_hochberg(np.where(family, list(known.values()), np.nan)), strict=True))
     kept = dict(zip(nulls["moe"].names, nulls["moe"].kept, strict=True))
     for metric in METRICS:
         for concept in group_of:
             row = _row(metric, concept, {role: _scores(null, metric, [concept], {}) for role, null in nulls.items()})
+            if concept not in scored:
+                row["status"] = Status.TOO_FEW.value
             if metric == "auroc":
                 row |= {name: by_concept[concept] for name, by_concept in p.items()}
                 row |= {"q_value": q[concept], "p_adjusted": adjusted[concept]}
@@ -70,6 +78,11 @@ def null_rows(
     out = [{**row, **sizes, **{f"n_cells_{role}": n for role, n in n_cells.items()}} for row in out]
     by_key = {(row["concept"], row["metric"]): row for row in out}
     return [_with_null(row, by_key) for row in rows] + out
+
+
+def _known_p(null: NullDistribution, scored: Collection[str]) -> dict[str, float]:
+    """p of the studentised maximum, for concepts that some cell was scored on."""
+    return {name: float(p) if name in scored else np.nan for name, p in zip(null.names, null.p, strict=True)}
 
 
 def mean_null_gap(

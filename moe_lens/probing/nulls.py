@@ -134,13 +134,17 @@ class NullDistribution:
         """Max-T over concepts. Each concept's statistic is first standardised by its own null (the true labelling
         counted in), because tokens of a document are alike and some concepts' nulls are far wider than others'.
         """
+        return self.adjusted(np.ones(len(self.names), bool))
+
+    def adjusted(self, family: Bool[ndarray, "concept"]) -> Float[ndarray, "concept"]:
+        """`p_adjusted` over some concepts; NaN for the others."""
         every = np.concatenate([self.observed.statistic, self.null.statistic])
         finite = np.where(np.isfinite(every), every, np.nan)
         known = np.isfinite(finite).sum(0) > 1
         scaled = np.full(every.shape, np.nan)
         sd = np.nanstd(finite[:, known], axis=0)
         scaled[:, known] = (every[:, known] - np.nanmean(finite[:, known], axis=0)) / np.where(sd > 0, sd, 1)
-        observed = np.where(np.isfinite(self._statistic), scaled[0], np.nan)
+        observed = np.where(np.isfinite(self._statistic) & family, scaled[0], np.nan)
         return max_t(observed, scaled[1:], tolerance=_TOLERANCE)
 
     @property

@@ -8,6 +8,7 @@ p.comparison     # the arms (METRICS 1.3): MoE, dense, gap, interval
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -24,6 +25,7 @@ from moe_lens.errors import BadConfig, BadOutput, OutOfRange
 from moe_lens.probing.arms import METRICS, Estimates, ModelScores
 from moe_lens.probing.compare import MEAN, ArmScores, arm_scores, comparison_table, gap_bootstraps, nulls_of
 from moe_lens.probing.job import Job
+from moe_lens.probing.memory import gigabytes
 from moe_lens.probing.null_rows import METRICS as NULL_METRICS
 from moe_lens.probing.null_rows import mean_null_gap
 from moe_lens.probing.result import Probes
@@ -31,6 +33,8 @@ from moe_lens.probing.select import RANKINGS
 from moe_lens.probing.settings import DOCUMENTS_NEEDED, ProbeSettings, check_k
 from moe_lens.probing.waterfall import COUNTS, common_concepts, waterfall
 from moe_lens.types import ExpertAddress, Role
+
+log = logging.getLogger("moe_lens")
 
 if TYPE_CHECKING:
     from moe_lens.corpus.text import Corpus
@@ -282,3 +286,8 @@ def _finish(run: Run, job: Job, result: Probes, seconds: float) -> None:
         }
     )
     run.clear_partial()
+    if job.max_memory is not None and (peak := peak_memory_bytes()) > job.max_memory:
+        log.warning(
+            "the run held %s and --max-memory is %s: it cuts the layers; model, text and libraries come first",
+            gigabytes(peak), gigabytes(job.max_memory),
+        )  # fmt: skip

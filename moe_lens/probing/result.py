@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from moe_lens.capture.store import replacing
 from moe_lens.errors import BadConfig
 from moe_lens.probing.arms import LADDER, METRICS, usable, winners
 from moe_lens.probing.compare import MEAN
@@ -141,10 +143,10 @@ class Probes:
         rows = self.comparison[(self.comparison.arm == "null") & (self.comparison.metric == "auroc")]
         rows = rows[(rows.concept != MEAN) & rows.q_value.notna() & ~rows.concept.isin(types)]
         n = int((rows.q_value <= 0.05).sum())
+        tested = f"; {n} of {len(rows)} concepts of spans and documents beat their null in the MoE (q <= .05)"
         return (
             f"With labels exchanged the same search reaches AUROC {mean.moe:.3f} [{mean.moe_low:.3f}, "
-            f"{mean.moe_high:.3f}]; {n} of {len(rows)} concepts of spans and documents beat their null in the MoE "
-            f"(q <= .05)."
+            f"{mean.moe_high:.3f}]{tested if len(rows) else ''}."
         )
 
     def waterfall(self, *, metric: str = "f1_balanced", k: int | None = None) -> go.Figure:
@@ -172,6 +174,20 @@ class Probes:
         k = int(self.comparison.k.min()) if k is None else k
         category_of = dict(zip(self.cells.concept, self.cells.category, strict=True))
         return figures.scatter(self.comparison, arm=arm, metric=metric, k=k, category_of=category_of)
+
+    def write_figures(self, path: str | Path) -> Path:
+        """All figures in one HTML file that needs no network."""
+        figures = [self.waterfall()] if len(self.steps) else []
+        figures += [self.against_k(), self.scatter()]
+        if self.neurons is not None:
+            figures.append(self.neurons.plot())
+        parts = [
+            f.to_html(full_html=False, include_plotlyjs=i == 0, div_id=f"figure-{i}") for i, f in enumerate(figures)
+        ]
+        page = "<!doctype html><meta charset=utf-8><title>moe-lens probe</title>" + "".join(parts)
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        return Path(path)
 
     def plot(self) -> go.Figure:
         """The waterfall; without a baseline the scatter."""

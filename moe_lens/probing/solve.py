@@ -38,7 +38,7 @@ def fit_logistic(
     weight: Float[Tensor, "problem row"],
     *,
     c: float = 1.0,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-9,
 ) -> LogisticFit:
     """Fit every problem of the batch to its exact optimum.
 

@@ -138,12 +138,11 @@ class TestWhatIsSaid:
     def test_the_table_shows_the_arms_in_the_order_of_the_ladder(self, probes, which, capsys):
         render.arms(probes[which])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
-        shown = [name for line in lines for name, label in render.ARMS.items() if line[1:].startswith(label)]
+        shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in LADDER]
         assert shown == ["raw", "homogeneous", "held_out", "routing_only", "whole_population"]
         assert max(map(len, lines)) <= 100
 
-    def test_every_arm_of_the_ladder_has_a_label_and_its_place(self):
-        assert tuple(render.ARMS) == LADDER
+    def test_every_arm_has_its_place_in_the_ladder(self):
         assert list(REGISTRY) == [arm for arm in LADDER if arm in REGISTRY]
 
     def test_the_summary_says_what_a_cell_scores_without_search(self, probes):

@@ -184,3 +184,11 @@ def test_too_few_test_tokens_carry_no_number(scored):
     assert row["status"] == "too_few"
     assert np.isnan(row["f1"])
     assert row["n_test"] > 0
+
+
+def test_a_fit_that_does_not_converge_is_flagged_and_scored_by_nobody(monkeypatch):
+    monkeypatch.setattr("moe_lens.probing.solve.MAX_STEPS", 1)
+    probes, *_ = fitted()
+    assert {p.status for p in probes} <= {Status.NOT_CONVERGED, Status.TOO_FEW, Status.CONSTANT}
+    assert Status.NOT_CONVERGED in {p.status for p in probes}
+    assert not any(p.fitted for p in probes)

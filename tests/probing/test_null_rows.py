@@ -20,11 +20,14 @@ def distribution(observed, null, n_cells=4):
 
 MOE = distribution([0.9, 0.8, 0.5], [[0.5, 0.4, 0.6], [0.6, 0.8, 0.6], [0.7, 0.6, 0.6]])
 DENSE = distribution([0.7, np.nan, 0.5], [[0.5, np.nan, 0.5], [0.5, np.nan, 0.4], [0.5, np.nan, 0.6]], n_cells=2)
-HELD = [{"arm": "held_out", "concept": "a", "metric": "auroc", "k": k, "p_value": np.nan} for k in (1, 8)]
+HELD = [
+    {"arm": "held_out", "concept": name, "metric": "auroc", "k": k, "moe": 0.5, "p_value": np.nan}
+    for k, name in [(8, "a"), *((1, name) for name in "abc")]
+]
 
 
-def rows_of(nulls, averaged=("a", "b", "c")):
-    rows = null_rows(HELD, nulls, GROUP, {"auroc": set(averaged), "f1_balanced": set(averaged)})
+def rows_of(nulls, averaged=("a", "b", "c"), held=HELD, types=()):
+    rows = null_rows(held, nulls, GROUP, {"auroc": set(averaged), "f1_balanced": set(averaged)}, types)
     return {(r["arm"], r["metric"], r["concept"], r["k"]): r for r in rows}
 
 
@@ -74,3 +77,17 @@ def test_the_mean_gap_is_taken_exchange_by_exchange():
     dense = distribution([0.7, 0.6, 0.5], [[0.5, 0.5, 0.5], [0.5, 0.4, 0.4], [0.4, 0.6, 0.6]])
     gap = mean_null_gap({"moe": MOE, "dense": dense}, "auroc", NAMES, GROUP)
     assert gap == pytest.approx([0.5 - 0.5, 0.65 - 0.45, 0.65 - 0.5])
+
+
+def test_a_concept_that_no_cell_was_scored_on_has_no_p_and_is_in_no_family():
+    row = rows_of({"moe": MOE}, held=[row for row in HELD if row["concept"] != "c"])["null", "auroc", "c", 1]
+    assert row["status"] == "too_few"
+    assert np.isnan([row["p_value"], row["q_value"], row["p_adjusted"]]).all()
+
+
+def test_concepts_of_token_types_get_no_adjusted_p_and_do_not_weigh_on_the_others():
+    rows = rows_of({"moe": MOE}, types={"b", "c"})
+    assert np.isnan(rows["null", "auroc", "b", 1]["q_value"])
+    assert np.isnan(rows["null", "auroc", "b", 1]["p_adjusted"])
+    assert rows["null", "auroc", "b", 1]["p_value"] == pytest.approx(2 / 4)
+    assert rows["null", "auroc", "a", 1]["q_value"] == pytest.approx(1 / 4), "a family of one"

@@ -33,6 +33,20 @@ def test_coefficients_equal_scikit_learn(k, seed, signal):
         np.testing.assert_allclose(fit.intercept[p], model.intercept_[0], atol=1e-5)
 
 
+def test_heavy_tailed_features_are_solved_as_exactly():
+    r = np.random.default_rng(0)
+    for _ in range(12):
+        x = r.standard_t(1.5, (2000, 1))
+        x = (x - x.mean()) / x.std()
+        y = r.random(2000) < 0.1 + 0.2 * (x[:, 0] > 1)
+        used = torch.ones(1, 2000, dtype=torch.bool)
+        labels = torch.from_numpy(y.astype(float))[None]
+        fit = fit_logistic(torch.from_numpy(x)[None], labels, balanced_weights(labels, used))
+        model = LogisticRegression(solver="newton-cholesky", class_weight="balanced", tol=1e-12).fit(x, y)
+        assert fit.converged.all()
+        np.testing.assert_allclose(fit.coef[0], model.coef_[0], atol=1e-5)
+
+
 def test_rows_of_weight_zero_do_not_matter():
     x, y, used = problems(2, 200, 3, 0)
     garbage = torch.where(used[..., None], x, 1e6 * torch.ones_like(x))

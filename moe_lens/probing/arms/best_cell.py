@@ -4,8 +4,8 @@
 validate AUROC is scored once on test.
 
 Intervals are conditional on the fitted probes and on the chosen cells: they show how far a score depends on the
-documents, not on the search. They are percentile intervals; where a concept has few test documents, F1 is concave
-in what is drawn, and most draws lie below the point estimate.
+documents, not on the search. Where a concept has few test documents, F1 is concave in what is drawn, and most
+draws lie below the point estimate; the bias correction of the intervals takes that up in part.
 """
 
 from __future__ import annotations

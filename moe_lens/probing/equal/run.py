@@ -33,7 +33,7 @@ from moe_lens.probing.equal.pairing import BlockPair, Sample, draw_pairs, layer_
 from moe_lens.probing.equal.probes import Fitted, auroc, document_counts, fit_cell, logits, metrics
 from moe_lens.probing.equal.rows import ARMS, Matched, TwoModels
 from moe_lens.probing.equal.scores import CHOICES, EqualScores
-from moe_lens.probing.memory import default_limit, release, resident_bytes, working_bytes
+from moe_lens.probing.memory import default_limit, gigabytes, release, resident_bytes, working_bytes
 from moe_lens.probing.settings import ProbeSettings
 from moe_lens.probing.threads import in_threads
 from moe_lens.types import Role, Split, Status
@@ -138,8 +138,9 @@ def _groups(
         need = [n * e.top_k * (e.d_ff * size + 28) for n, e, size in zip(n_rows, pair, itemsize, strict=True)]
         if sum(need) + 2 * max(need) > room:
             raise MemoryLimit(
-                f"the rows of layers {pair[0].layer} and {pair[1].layer} do not fit --max-memory "
-                f"{limit / 2**30:.1f}GB beside the models: raise --max-memory, or lower --max-tokens or --batch-size"
+                f"the rows of layers {pair[0].layer} and {pair[1].layer} need about "
+                f"{gigabytes(limit - room + sum(need) + 2 * max(need))} in all and --max-memory is {gigabytes(limit)}: "
+                f"raise --max-memory, or lower --max-tokens or --batch-size"
             )
         if used + sum(need) + 2 * max(largest, *need) > room:
             groups.append([])

@@ -20,7 +20,7 @@ from moe_lens.corpus.splits import code_of
 from moe_lens.errors import BadConfig, MemoryLimit
 from moe_lens.probing.equal.pairing import layer_pairs
 from moe_lens.probing.equal.rows import SplitRows
-from moe_lens.probing.memory import default_limit, release, resident_bytes, working_bytes
+from moe_lens.probing.memory import default_limit, gigabytes, release, resident_bytes, working_bytes
 from moe_lens.probing.polysemanticity.cells import Cell, score_cells
 from moe_lens.probing.polysemanticity.compare import LayerComparison, compare_layer, layer_table
 from moe_lens.probing.polysemanticity.groups import ConceptGroup, concept_groups
@@ -184,8 +184,8 @@ def _memory_groups(
         moment = 2 * max(each) + (150 * neurons + labels) * len(sides[0][2].concepts)
         if sum(each) + moment > room:
             raise MemoryLimit(
-                f"the rows of layer {pair[0].layer} do not fit --max-memory {limit / 2**30:.1f}GB beside the models: "
-                f"raise --max-memory, or lower --max-tokens or --batch-size"
+                f"the rows of layer {pair[0].layer} need about "
+                f"{gigabytes(limit - room + sum(each) + moment)} in all and --max-memory is {gigabytes(limit)}: raise --max-memory, or lower --max-tokens or --batch-size"
             )
         if used + sum(each) + moment > room:
             out.append([])

@@ -67,7 +67,8 @@ class Polysemanticity:
         return (
             f"Matched on firing rate, an MoE neuron serves {_value(ratio, 'moe')} concept groups and a dense neuron "
             f"{_value(ratio, 'dense')} (noise-corrected participation ratio; gap {ratio['gap']:+.3f} [{low:+.3f}, "
-            f"{high:+.3f}], {verdict} zero), {two['moe']:.1%} and {two['dense']:.1%} of them detect two or more with "
+            f"{high:+.3f}], {verdict} zero; only groups that are found count, so power counts too), "
+            f"{two['moe']:.1%} and {two['dense']:.1%} of them detect two or more with "
             f"AUROC above .65; {ratio['n_moe']} and {ratio['n_dense']} neurons are compared, of {found['moe']} and "
             f"{found['dense']} significant ones and {self._count('moe')} and {self._count('dense')} in all."
         )
