@@ -183,9 +183,10 @@ def _memory_groups(
         labels = sum(2 * n * e.top_k for e, splits in zip(pair, n_rows, strict=True) for n in splits)
         moment = 2 * max(each) + (150 * neurons + labels) * len(sides[0][2].concepts)
         if sum(each) + moment > room:
+            least = gigabytes(limit - room + sum(each) + moment)
             raise MemoryLimit(
-                f"the rows of layer {pair[0].layer} need about "
-                f"{gigabytes(limit - room + sum(each) + moment)} in all and --max-memory is {gigabytes(limit)}: raise --max-memory, or lower --max-tokens or --batch-size"
+                f"the rows of layer {pair[0].layer} need about {least} in all and --max-memory is {gigabytes(limit)}: "
+                "raise --max-memory, or lower --max-tokens or --batch-size"
             )
         if used + sum(each) + moment > room:
             out.append([])
