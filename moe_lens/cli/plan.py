@@ -16,7 +16,7 @@ from moe_lens.corpus.concepts import Concept, concepts_for
 from moe_lens.models import source
 from moe_lens.models.spec import LayerSpec, Spec
 from moe_lens.probing.memory import layer_bytes, working_bytes
-from moe_lens.probing.settings import BEST_CELLS, DOCUMENTS_NEEDED, MINIMUM_EVAL, MINIMUM_SELECT, ProbeSettings, check_k
+from moe_lens.probing.settings import DOCUMENTS_NEEDED, MINIMUM_EVAL, MINIMUM_SELECT, ProbeSettings, check_k
 from moe_lens.types import Split
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ def _shortages(counts: pd.DataFrame, share: float) -> list[Shortage]:
 def _n_probes(spec: Spec, settings: ProbeConfig, n_concepts: int) -> int:
     wanted = spec.moe_layers or spec.dense_layers
     cells = sum(entry.n_experts for entry in spec.layers if entry.layer in wanted)
-    deep = cells if settings.all_cells else min(cells, BEST_CELLS)
-    return n_concepts * (cells + deep * (len(check_k(settings.k, [spec])) - 1))
+    return n_concepts * cells * len(check_k(settings.k, [spec]))
 
 
 def _itemsize(dtype: str | None, config: Any) -> int:

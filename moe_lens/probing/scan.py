@@ -25,16 +25,16 @@ from moe_lens.capture.stream import stream
 from moe_lens.capture.tokens import TokenTable
 from moe_lens.corpus.batches import Batches, Tokenized, batches
 from moe_lens.corpus.splits import SPLITS
-from moe_lens.probing.arms import ModelScores, Scanned, collect, winner_keys
+from moe_lens.probing.arms import ModelScores, Scanned, collect, usable, winner_keys
 from moe_lens.probing.arms.base import WinnerKey
-from moe_lens.probing.evaluate import Evaluator, columns_needed
+from moe_lens.probing.evaluate import NUMBERS, Evaluator, columns_needed
 from moe_lens.probing.exchange import label_tracks, strata
 from moe_lens.probing.fit import LayerFitter, Probe
 from moe_lens.probing.memory import layer_groups
 from moe_lens.probing.nulls import NullDistribution, cell_columns, null_statistics
 from moe_lens.probing.settings import BEST_CELLS, ProbeSettings
 from moe_lens.probing.threads import chunks, in_threads
-from moe_lens.types import Granularity, Role, Split
+from moe_lens.types import Granularity, Role, Split, Status
 
 if TYPE_CHECKING:
     from moe_lens.models.lens import Lens
@@ -270,4 +270,20 @@ def _score(
     frame.insert(2, "concept", [concepts[i].name for i in which])
     frame.insert(3, "category", [concepts[i].category for i in which])
     frame.insert(4, "granularity", [str(concepts[i].granularity) for i in which])
-    return frame.sort_values(["concept", "k", "layer", "expert"], ignore_index=True, kind="stable")
+    return _with_not_fitted(frame).sort_values(["concept", "k", "layer", "expert"], ignore_index=True, kind="stable")
+
+
+def _with_not_fitted(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add rows for the larger k of cells that were fitted at k = 1 only; what hindered k = 1 hinders them as well."""
+    first = frame[frame.k == 1]
+    parts = [frame]
+    for k in sorted(set(frame.k) - {1}):
+        there = pd.MultiIndex.from_frame(frame.loc[frame.k == k, ["layer", "expert", "concept"]])
+        rest = first[~pd.MultiIndex.from_frame(first[["layer", "expert", "concept"]]).isin(there)].copy()
+        rest["k"] = k
+        rest["status"] = rest.status.where(~rest.index.isin(usable(rest).index), Status.NOT_FITTED.value)
+        rest[["auroc_select", *NUMBERS]] = np.nan
+        for name in ("neurons", "sign"):
+            rest[name] = [[] for _ in range(len(rest))]
+        parts.append(rest)
+    return pd.concat(parts, ignore_index=True)

@@ -52,7 +52,7 @@ def test_memory_and_disk_are_predicted(plan: dict[str, Any]) -> None:
     moe = plan["models"][0]
     assert 0 < moe["least_bytes"] < moe["most_bytes"]
     assert moe["weight_bytes"] == 4 * json_parameters(moe)
-    probes = 3 * (12 + 8) + 3 * (2 + 2)  # concepts x (cells at k=1, the best eight at k=2), for both models
+    probes = 3 * 2 * 12 + 3 * 2 * 2  # concepts x ks x cells, of both models: a row each, fitted or not
     assert plan["disk_bytes"] == 110 * probes
 
 

@@ -37,7 +37,7 @@ def test_tables_have_the_columns_of_the_contract(result):
     assert set(COMPARISON_COLUMNS) <= set(result.comparison.columns)
     written = result.run.frame("probe")
     assert written.select_dtypes("number").columns.isin(["f1", "auroc", "n_test"]).sum() == 3
-    assert set(result.cells.status) <= {"ok", "separable", "too_few", "constant", "not_converged"}
+    assert set(result.cells.status) <= {"ok", "separable", "too_few", "constant", "not_converged", "not_fitted"}
 
 
 def test_every_cell_of_both_models_is_there_once_per_concept_at_k_1(result):
@@ -45,6 +45,17 @@ def test_every_cell_of_both_models_is_there_once_per_concept_at_k_1(result):
     assert len(first[first.role == "moe"]) == 2 * 6 * len(CONCEPTS)
     assert len(first[first.role == "dense"]) == 2 * len(CONCEPTS)
     assert not first.duplicated(["role", "layer", "expert", "concept"]).any()
+
+
+def test_every_cell_has_a_row_at_every_k_and_says_where_nothing_was_fitted(result):
+    counts = result.cells.groupby(["role", "concept", "k"]).size().unstack("k")
+    assert (counts[1] == counts[4]).all()
+    rest = result.cells[result.cells.status == "not_fitted"]
+    assert set(rest.k) == {4}
+    assert rest.f1.isna().all()
+    assert rest.neurons.map(len).eq(0).all()
+    fitted = result.cells[(result.cells.k == 4) & result.cells.status.isin(["ok", "separable"])]
+    assert fitted.groupby(["role", "concept"]).size().max() == 8, "the best eight"
 
 
 def test_numbers_are_there_exactly_where_the_status_says_so(result):
