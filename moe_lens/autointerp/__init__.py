@@ -1,0 +1,1 @@
+"""Autointerp: labels for experts, and scores of labels."""

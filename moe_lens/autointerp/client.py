@@ -1,0 +1,280 @@
+"""Questions to a language model behind any OpenAI-compatible server: many at once, none paid twice, none lost.
+
+    client = Client("openai:NAME", "http://localhost:8000/v1", cache=run / "replies.sqlite")
+    replies = client.ask_all([Request(messages, ReplySchema.answers(range(1, 21)))], describe="detection")
+
+What happens to one request
+ 1. A reply in the cache is taken from there. Else a call is made, if ``max_calls`` leaves one.
+ 2. The ``openai`` package repeats a call that met 429, 5xx, a timeout or a closed connection (``max_retries``).
+    What still has no reply then is ``failed``; it is not cached, so that the next run asks again.
+ 3. A reply that cannot be used is asked for once more, with the reason. Then the request abstains.
+The first call of all goes alone: a wrong key, address or model ends the run there, with one sentence; a server
+without structured output says so there too, and is from then on asked in words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_lens.autointerp.cache import ReplyCache, Stored, request_key
+from moe_lens.autointerp.replies import Outcome, Parsed, ReplySchema
+from moe_lens.autointerp.transport import Known, Line, Messages, NoReply, api_key, server_url
+from moe_lens.errors import BadConfig
+
+_ASK_AGAIN = {Outcome.INVALID, Outcome.EMPTY, Outcome.TOO_FEW_ANSWERS, Outcome.TOO_MANY_ANSWERS}
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_MESSAGE = 4
+_QUOTED = 2000  # characters of an unusable reply that go back with the second question
+
+
+class Request(NamedTuple):
+    """Chat messages (``role`` and ``content``) and the reply that is asked for."""
+
+    messages: Messages
+    schema: ReplySchema
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one request. ``value`` is the schema's shape if and only if ``status`` is ok.
+
+    ``tokens_in`` and ``tokens_out`` are the server's own counts over both calls of a request that was asked again,
+    0 where it gives none. ``cached``: nothing was sent. ``why`` says in a few words what was wrong.
+    """
+
+    status: Outcome
+    value: Any = None
+    text: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached: bool = False
+    why: str = ""
+
+    @property
+    def counted_as(self) -> Outcome:
+        """``cached`` for a usable reply from the cache. A cached abstention stays what it is."""
+        return Outcome.CACHED if self.cached and self.status is Outcome.OK else self.status
+
+
+class Prediction(NamedTuple):
+    """Cost of requests that are not in the cache, if each is answered at once. Second questions come on top."""
+
+    calls: int
+    tokens_in: int
+
+
+class Client:
+    """One model behind one server. The API key is read from ``OPENAI_API_KEY`` when the first call is made.
+
+    Args:
+        model: ``NAME`` or ``openai:NAME``.
+        base_url: such as ``http://localhost:8000/v1``; None is ``OPENAI_BASE_URL``, or OpenAI itself. It is no part
+            of a cached reply's key: a model must go by the same name on two servers only if it is the same.
+        cache: sqlite file of replies, None to keep none.
+        concurrency: requests on their way at a time.
+        max_calls: calls to make at most (second questions count, the package's repetitions do not), None for any.
+        timeout: seconds to wait for one reply.
+        temperature: 0 for the likeliest reply.
+        max_tokens: limit on one reply, None for the server's own. A model that turns either of the two down is asked
+            without it.
+        max_retries: repetitions of a call that met 429, 5xx, a timeout or a closed connection.
+
+    Raises:
+        BadConfig: a setting that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        *,
+        cache: Path | None,
+        concurrency: int = 16,
+        max_calls: int | None = None,
+        timeout: float = 60,
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+        max_retries: int = 5,
+    ) -> None:
+        self.model = model.removeprefix("openai:").strip()
+        if not self.model:
+            raise BadConfig(f"{model!r} names no model: write it as openai:NAME")
+        if concurrency < 1 or timeout <= 0 or (max_tokens is not None and max_tokens < 1):
+            raise BadConfig("concurrency, timeout and max_tokens must be above 0")
+        if max_retries < 0 or temperature < 0 or (max_calls is not None and max_calls < 0):
+            raise BadConfig("max_calls, max_retries and temperature must be 0 or more")
+        self.base_url = server_url(base_url)
+        self.concurrency, self.max_calls, self.timeout, self.max_retries = concurrency, max_calls, timeout, max_retries
+        self.parameters = {"temperature": temperature} | ({} if max_tokens is None else {"max_tokens": max_tokens})
+        self.calls = self.tokens_in = self.tokens_out = 0
+        self._outcomes: Counter[Outcome] = Counter()
+        self._cache = None if cache is None else ReplyCache(cache)
+        self._known = Known()
+        self._line: Line | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Requests by outcome, all outcomes named; they add up to the requests asked so far.
+
+        ``calls``, ``tokens_in`` and ``tokens_out`` beside it are what these requests cost in this process.
+        """
+        return {outcome.value: self._outcomes[outcome] for outcome in Outcome}
+
+    def check(self) -> None:
+        """Complain about a missing or impossible API key without calling anybody.
+
+        Raises:
+            BadConfig: OpenAI itself is asked without a key, or the key holds characters that no key has.
+        """
+        api_key(self.base_url)
+
+    def predict(self, requests: Sequence[Request]) -> Prediction:
+        """Calls and input tokens that `requests` will cost, those in the cache left out. Calls nobody, needs no key.
+
+        A token is taken to be 4 bytes of UTF-8, plus 4 tokens a message. That is near for English prose; code and
+        other scripts have up to twice as many tokens. The reply's length is not predicted.
+        """
+        missing = [request for request in requests if not self._stored(self._key(*request, 0))]
+        missing = missing[: None if self.max_calls is None else max(0, self.max_calls - self.calls)]
+        sizes = [len(m["content"].encode("utf-8", "replace")) for request in missing for m in request.messages]
+        return Prediction(len(missing), sum(math.ceil(n / _BYTES_PER_TOKEN) + _TOKENS_PER_MESSAGE for n in sizes))
+
+    def ask_all(self, requests: Sequence[Request], *, progress: bool = True, describe: str = "ask") -> list[Reply]:
+        """Replies in the order of `requests`. Works in a notebook too, whose own event loop is already running.
+
+        Raises:
+            BadConfig: a wrong key, address or model, no credit. Replies that were there by then are in the cache.
+            BadOutput: the cache cannot be read.
+            WriteFailed: the cache cannot be written.
+        """
+        if not _loop_is_running():
+            return asyncio.run(self._ask_all(requests, progress, describe))
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self._ask_all(requests, progress, describe))
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                return pool.submit(loop.run_until_complete, task).result()
+            except KeyboardInterrupt:  # the notebook's stop button
+                loop.call_soon_threadsafe(task.cancel)
+                raise
+            finally:
+                pool.submit(loop.close)
+
+    async def _ask_all(self, requests: Sequence[Request], progress: bool, describe: str) -> list[Reply]:
+        from tqdm.auto import tqdm
+
+        tasks = [asyncio.ensure_future(self.ask(*request)) for request in requests]
+        try:
+            with tqdm(total=len(tasks), desc=describe, unit="request", disable=None if progress else True) as bar:
+                for done in asyncio.as_completed(tasks):
+                    await done
+                    bar.update()
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.aclose()
+
+    async def ask(self, messages: Messages, schema: ReplySchema) -> Reply:
+        """One request, from inside an event loop; raises as ``ask_all``. ``aclose`` at the end and after an error."""
+        line = self._line_of_this_loop()
+        async with line.gate:
+            reply = await self._call(line, messages, schema, attempt=0)
+            if reply.status in _ASK_AGAIN:
+                again = await self._call(line, _once_more(messages, reply), schema, attempt=1)
+                reply = replace(
+                    again,
+                    tokens_in=reply.tokens_in + again.tokens_in,
+                    tokens_out=reply.tokens_out + again.tokens_out,
+                    cached=reply.cached and again.cached,
+                )
+        self._outcomes[reply.counted_as] += 1
+        return reply
+
+    async def aclose(self) -> None:
+        """Close the connections and the cache; the next request opens them again."""
+        line, self._line = self._line, None
+        if line is not None and line.loop is asyncio.get_running_loop():
+            await line.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def _line_of_this_loop(self) -> Line:
+        if self._line is None or self._line.loop is not asyncio.get_running_loop():
+            self._line = Line(
+                self.model,
+                self.base_url,
+                parameters=self.parameters,
+                concurrency=self.concurrency,
+                timeout=self.timeout,
+                max_retries=self.max_retries,
+                known=self._known,
+            )
+        return self._line
+
+    def _key(self, messages: Messages, schema: ReplySchema, attempt: int) -> str:
+        return request_key(
+            model=self.model,
+            messages=list(messages),
+            parameters=self.parameters,
+            schema=schema.identity,
+            attempt=attempt,
+        )
+
+    def _stored(self, key: str) -> Stored | None:
+        return None if self._cache is None else self._cache.get(key)
+
+    async def _call(self, line: Line, messages: Messages, schema: ReplySchema, attempt: int) -> Reply:
+        """One call, or its reply from the cache."""
+        key = self._key(messages, schema, attempt)
+        # of two tasks with the same request, the second finds the reply of the first
+        async with contextlib.nullcontext() if self._cache is None else line.busy[key]:
+            if stored := self._stored(key):
+                return _read(stored, schema, cached=True)
+            if self.max_calls is not None and self.calls >= self.max_calls:
+                return Reply(Outcome.BUDGET, why=f"all {self.max_calls} calls are made")
+            self.calls += 1
+            try:
+                stored = await line.send(messages, schema)
+            except NoReply as problem:
+                return Reply(Outcome.FAILED, why=str(problem))
+            # nothing is awaited between the reply and its place in the cache
+            self.tokens_in += stored.tokens_in
+            self.tokens_out += stored.tokens_out
+            reply = _read(stored, schema, cached=False)
+            if self._cache is not None:
+                self._cache.put(key, stored._replace(outcome=reply.status))
+            return reply
+
+
+def _read(stored: Stored, schema: ReplySchema, *, cached: bool) -> Reply:
+    """A stored reply, its text read anew."""
+    refused = stored.outcome is Outcome.REFUSED
+    outcome, value, why = Parsed(Outcome.REFUSED, why="the model refused") if refused else schema.parse(stored.text)
+    return Reply(outcome, value, stored.text, stored.tokens_in, stored.tokens_out, cached, why)
+
+
+def _once_more(messages: Messages, reply: Reply) -> Messages:
+    """The question again, with the reply and what was wrong with it. After an empty reply, the question alone."""
+    if reply.status is Outcome.EMPTY:
+        return messages
+    wrong = f"That answer cannot be used: {reply.why}. Answer the question again, in the form that was asked for."
+    said = {"role": "assistant", "content": reply.text[:_QUOTED]}
+    return [*messages, said, {"role": "user", "content": wrong}]
+
+
+def _loop_is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
