@@ -211,7 +211,7 @@ def probes(found: Probes) -> None:
     if found.neurons is not None:
         typer.echo(found.neurons.finding())
     if found.run is not None:
-        typer.echo(f"figures: {found.write_figures(found.run.path / 'probe.html')}")
+        typer.echo(f"figures: {found.write_figures(found.run.path / 'probe.html').name}")
 
 
 def waterfall(found: Probes) -> None:

@@ -29,7 +29,7 @@ model.model.rotary_emb = type(model.model.rotary_emb)(config)
 torch.set_default_dtype(torch.float32)
 lens = Lens(model.eval(), ml.load("bundled:tiny-moe").tokenizer, name="random-olmoe-width")
 result = ml.probe(lens, ml.corpus("bundled:"), k=(1,), max_tokens={TOKENS}, document_tokens=64, max_memory={LIMIT},
-                  progress=False)
+                  neurons=False, progress=False)  # whose AUROCs of every neuron and concept need more
 print(json.dumps({{"peak": peak_memory_bytes(), "cells": len(result.cells), "d_ff": lens.spec.layers[0].d_ff,
                   "concepts": int(result.cells.concept.nunique()),
                   "tokens": int(result.cells.groupby(["layer", "expert"]).n_select.max().sum())}}))

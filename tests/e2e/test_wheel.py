@@ -82,7 +82,7 @@ def test_the_demo_runs_from_the_wheel_and_is_shown_again_from_disk(installed: Pa
     first = run(command, "demo", cwd=installed)
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.splitlines()[-1] == "runs/demo"
-    for word in ("bundled:tiny-moe", "bundled:tiny-dense", "L0.E", "always", "held out", "gap"):
+    for word in ("bundled:tiny-moe", "bundled:tiny-dense", "L0.E", "always", "held_out", "gap"):
         assert word in first.stdout
     cells = pd.read_parquet(installed / "runs" / "demo" / "probe.parquet")
     assert set(cells["role"]) == {"moe", "dense"}
