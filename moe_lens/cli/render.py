@@ -211,7 +211,10 @@ def probes(found: Probes) -> None:
     if found.neurons is not None:
         typer.echo(found.neurons.finding())
     if found.run is not None:
-        typer.echo(f"figures: {found.write_figures(found.run.path / 'probe.html').name}")
+        page, table = found.run.path / "probe.html", found.run.path / "comparison.parquet"
+        if not page.exists() or page.stat().st_mtime_ns < table.stat().st_mtime_ns:
+            found.write_figures(page)
+        typer.echo(f"figures: {page.name}")
 
 
 def waterfall(found: Probes) -> None:
