@@ -100,11 +100,16 @@ def resampled(
     F1 and balanced F1 are exact; AUROC is its first-order (Hajek) expansion around the full sample, which
     needs no re-ranking. NaN where a resample holds only one class.
     """
-    total = weighted_totals(times, counts)
+    return scored(weighted_totals(times, counts), counts.sum(1), metric)
+
+
+def scored(
+    total: Float[ndarray, "entry resample count"], full: Float[ndarray, "entry count"], metric: str
+) -> Float[ndarray, "entry resample"]:
+    """The metric of `document_sums.COUNTS` added up under weights; `full` is their plain sum."""
     if metric != "auroc":
         return f1_of_counts(total[..., :4], metric)
-    tp, fp, fn, tn, placed_pos, placed_neg = (total[..., i] for i in range(6))
-    full = counts.sum(1)
+    tp, fp, fn, tn, placed_pos, placed_neg = np.moveaxis(total, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         area = full[:, 4] / (full[:, 0] + full[:, 2])
         return placed_pos / (tp + fn) + placed_neg / (fp + tn) - area[:, None]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from moe_lens.probing.arms.base import METRICS, Estimates, Part, f1_of_counts
+from moe_lens.probing.arms.base import METRICS, Estimates, Part, weighted_totals
+from moe_lens.probing.arms.best_cell import scored
 from moe_lens.probing.equal.rows import ARMS
 from moe_lens.stats import document_multiplicities
 
@@ -71,15 +72,8 @@ def _resampled(
     counts: Float[ndarray, "entry document count"], times: Float[ndarray, "resample document"]
 ) -> dict[str, Float[ndarray, "entry resample"]]:
     """Every metric under every row of `times`."""
-    by_document = np.ascontiguousarray(np.moveaxis(counts, 1, 2)).reshape(-1, counts.shape[1])
-    total = (by_document @ times.T).reshape(len(counts), -1, len(times))  # one product: a stack of small ones is slow
-    tp, fp, fn, tn, placed_pos, placed_neg = np.moveaxis(total, 1, 0)
-    full = counts.sum(1, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        area = full[:, 4] / (full[:, 0] + full[:, 2])
-        auroc = placed_pos / (tp + fn) + placed_neg / (fp + tn) - area[:, None].astype(np.float32)
-    outcomes = np.moveaxis(total[:, :4], 1, -1)
-    return {"auroc": auroc, **{metric: f1_of_counts(outcomes, metric) for metric in METRICS if metric != "auroc"}}
+    total, full = weighted_totals(times, counts), counts.sum(1, dtype=np.float64)
+    return {metric: scored(total, full, metric).astype(np.float32) for metric in METRICS}
 
 
 def _part(
