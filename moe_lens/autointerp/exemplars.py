@@ -58,12 +58,19 @@ class ExemplarCounts:
         return self.top + self.quantiles * self.per_quantile + self.random
 
 
+EXPLAIN = ExemplarCounts()
+"""What an expert is explained from."""
+SCORE = ExemplarCounts(top=0, negatives=40)
+"""What a label is scored on: visits at random and from every stratum of the score, the highest among them."""
+
+
 def exemplar_table(
     kept: TopExemplars,
     tokenized: Tokenized,
     tokenizer: Any,
     *,
-    counts: ExemplarCounts | None = None,
+    explain: ExemplarCounts = EXPLAIN,
+    score: ExemplarCounts = SCORE,
     layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -86,6 +93,8 @@ def exemplar_table(
 
     Args:
         kept: filled from batches of `tokenized`.
+        explain: tokens of the select split, per expert.
+        score: tokens of the validate split, per expert.
         layers: all that were captured by default.
         seed: of the draws of negatives.
 
@@ -94,22 +103,22 @@ def exemplar_table(
         BadCorpus: `kept` saw other windows than those of `tokenized`.
         OutOfRange: a layer that was not captured.
     """
-    counts = counts or ExemplarCounts()
-    if counts.top > kept.n_top or counts.positives - counts.top > kept.n_sample or counts.quantiles < 1:
-        raise BadConfig(
-            f"{counts} does not go with n_top={kept.n_top} and n_sample={kept.n_sample} of the capture: ask for at "
-            "most that many high scores, that many random and quantile visits together, and one stratum or more"
-        )
+    for counts in (explain, score):
+        if counts.top > kept.n_top or counts.positives - counts.top > kept.n_sample or counts.quantiles < 1:
+            raise BadConfig(
+                f"{counts} does not go with n_top={kept.n_top} and n_sample={kept.n_sample} of the capture: ask for at "
+                "most that many high scores, that many random and quantile visits together, and one stratum or more"
+            )
     contexts = Contexts(tokenized, tokenizer)
     frames = []
     for layer in kept.check_layers(layers):
-        for split in SPLITS:
+        for split, counts in zip(SPLITS, (explain, score), strict=True):
             rows, chosen = _Side(kept, layer, split, contexts).draw(counts, seed)
             got = (chosen == rows["expert"].to_numpy(np.int64)[:, None, None]).any(2)
             frames.append(pd.concat([rows, contexts.texts(rows, got)], axis=1))
     if not frames:
         return pd.DataFrame(columns=list(COLUMNS))
-    status = exemplar_status(kept, counts=counts).drop(columns="n_visits")
+    status = exemplar_status(kept, explain=explain, score=score).drop(columns="n_visits")
     table = pd.concat(frames, ignore_index=True).merge(status, how="left", on=["layer", "expert", "split"])
     return _sorted(table)[list(COLUMNS)]
 
@@ -122,12 +131,13 @@ def _sorted(table: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(keys, ignore_index=True)
 
 
-def exemplar_status(kept: TopExemplars, *, counts: ExemplarCounts | None = None) -> pd.DataFrame:
+def exemplar_status(
+    kept: TopExemplars, *, explain: ExemplarCounts = EXPLAIN, score: ExemplarCounts = SCORE
+) -> pd.DataFrame:
     """Every captured expert and split, with its eligible visits ``n_visits`` and a status (ok | too_few)."""
-    counts = counts or ExemplarCounts()
     frames = []
     for layer in kept.layers:
-        for split in SPLITS:
+        for split, counts in zip(SPLITS, (explain, score), strict=True):
             n = kept.n_visits(layer, split).numpy()
             status = np.where(n < counts.positives, str(Status.TOO_FEW), str(Status.OK))
             columns = {"layer": layer, "expert": np.arange(len(n)), "split": str(split), "n_visits": n}
@@ -139,7 +149,7 @@ class _Side:
     """One layer and split: its kept visits, its sampled tokens, and what is drawn from them."""
 
     def __init__(self, kept: TopExemplars, layer: int, split: Split, contexts: Contexts) -> None:
-        self.layer, self.split = layer, split
+        self.layer, self.split, self.n_top = layer, split, kept.n_top
         self.n_visits = kept.n_visits(layer, split).numpy()
         self.tokens = _SampledTokens(kept, layer, split, contexts)
         visits = kept.visits(layer, split)
@@ -189,7 +199,7 @@ class _Side:
     def _others(self, expert: int, counts: ExemplarCounts, rng: np.random.Generator) -> pd.DataFrame:
         """High scores of other experts that did not go to this one; a token once, whoever else it scores with."""
         v = self.visits.assign(row=np.arange(len(self.visits)), quantile=np.nan)
-        v = v[v["by_score"] < counts.top]
+        v = v[v["by_score"] < self.n_top]
         focal = self.chosen[v["row"], v["focal"]]
         v = v[~(focal == expert).any(1)].drop_duplicates("key")
         return v.iloc[rng.permutation(len(v))[: counts.negatives]]

@@ -58,7 +58,7 @@ def kept(lens: Lens, tokenized: Tokenized) -> TopExemplars:
 
 @pytest.fixture(scope="module")
 def table(kept: TopExemplars, tokenized: Tokenized, lens: Lens) -> pd.DataFrame:
-    return exemplar_table(kept, tokenized, lens.tokenizer, counts=COUNTS)
+    return exemplar_table(kept, tokenized, lens.tokenizer, explain=COUNTS, score=COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_negatives_of_each_kind_are_what_they_are_called(table, traced):
 
 def test_random_negatives_come_at_the_natural_rate_and_differ_between_experts(kept, tokenized, lens, traced):
     many = ExemplarCounts(top=1, quantiles=1, per_quantile=1, random=1, negatives=200)
-    table = exemplar_table(kept, tokenized, lens.tokenizer, counts=many, layers=[1])
+    table = exemplar_table(kept, tokenized, lens.tokenizer, explain=many, score=many, layers=[1])
     drawn = table[(table.kind == "negative_random") & (table.split == "select")]
     rate = drawn.groupby("expert")["routed"].mean()
     here = traced[(traced.layer == 1) & (traced.split == "select") & traced.eligible]
@@ -160,7 +160,7 @@ def test_a_document_explains_or_scores_but_not_both(table):
 
 def test_a_token_is_one_exemplar_and_strata_cover_the_range(kept, tokenized, lens):
     counts = ExemplarCounts(top=2, quantiles=4, per_quantile=3, random=6)
-    table = exemplar_table(kept, tokenized, lens.tokenizer, counts=counts)
+    table = exemplar_table(kept, tokenized, lens.tokenizer, explain=counts, score=counts)
     positive = table[table.kind.isin(POSITIVES)]
     assert not positive.duplicated(["layer", "expert", *PLACE]).any()
     for _, cell in positive[(positive.kind == "quantile") & (positive.status == "ok")].groupby(
@@ -199,7 +199,10 @@ def test_rare_experts_have_fewer_rows_and_a_status(lens, tokenized, traced):
     chosen = [int(np.flatnonzero(tokenized.splits == code)[0]) for code in (0, 1)]  # a document of each split
     few = tokenize(tokenized.corpus, lens.tokenizer, [], max_length=LENGTH, splits=tokenized.splits, documents=chosen)
     kept = capture(lens, few)
-    table, status = exemplar_table(kept, few, lens.tokenizer, counts=COUNTS), exemplar_status(kept, counts=COUNTS)
+    table, status = (
+        exemplar_table(kept, few, lens.tokenizer, explain=COUNTS, score=COUNTS),
+        exemplar_status(kept, explain=COUNTS, score=COUNTS),
+    )
     assert len(status) == 2 * N_EXPERTS * 2
     seen = traced[traced.eligible & (traced["rank"] < TOP_K) & traced.document.isin(chosen)]
     truth = seen.groupby(["layer", "expert", "split"]).size()
@@ -218,12 +221,12 @@ def test_rare_experts_have_fewer_rows_and_a_status(lens, tokenized, traced):
 def test_a_dead_expert_has_a_status_and_negatives_only(lens, tokenized):
     with lens.edit(ml.mask_refill("L0.E4")):
         kept = capture(lens, tokenized)
-    table = exemplar_table(kept, tokenized, lens.tokenizer, counts=COUNTS)
+    table = exemplar_table(kept, tokenized, lens.tokenizer, explain=COUNTS, score=COUNTS)
     dead = table[(table.layer == 0) & (table.expert == 4)]
     assert set(dead.kind) == {"negative_random", "negative_near_miss", "negative_other"}
     assert not dead.routed.any()
     assert (dead.status == "too_few").all()
-    status = exemplar_status(kept, counts=COUNTS)
+    status = exemplar_status(kept, explain=COUNTS, score=COUNTS)
     here = status[(status.layer == 0) & (status.expert == 4)]
     assert here.n_visits.tolist() == [0, 0]
     assert here.status.tolist() == ["too_few", "too_few"]
@@ -232,7 +235,9 @@ def test_a_dead_expert_has_a_status_and_negatives_only(lens, tokenized):
 
 
 def test_batch_size_changes_no_row(table, lens, tokenized):
-    other = exemplar_table(capture(lens, tokenized, tokens_per_batch=40), tokenized, lens.tokenizer, counts=COUNTS)
+    other = exemplar_table(
+        capture(lens, tokenized, tokens_per_batch=40), tokenized, lens.tokenizer, explain=COUNTS, score=COUNTS
+    )
     exact = [c for c in table.columns if c not in ("score", "weight", "quantile")]
     lists = ["token_starts", "token_ends", "routed_tokens"]
     plain = [c for c in exact if c not in lists]
@@ -251,12 +256,12 @@ def test_the_table_survives_parquet(table, tmp_path):
 
 def test_too_many_exemplars_another_tokenisation_and_unknown_layers_are_refused(kept, tokenized, lens):
     with pytest.raises(BadConfig, match="n_top=4"):
-        exemplar_table(kept, tokenized, lens.tokenizer, counts=ExemplarCounts(top=5))
+        exemplar_table(kept, tokenized, lens.tokenizer, explain=ExemplarCounts(top=5))
     other = tokenize(tokenized.corpus, lens.tokenizer, [], max_length=30)
     with pytest.raises(BadCorpus, match="max_length"):
-        exemplar_table(kept, other, lens.tokenizer, counts=COUNTS)
+        exemplar_table(kept, other, lens.tokenizer, explain=COUNTS, score=COUNTS)
     with pytest.raises(OutOfRange, match="layer 2 was not captured"):
-        exemplar_table(kept, tokenized, lens.tokenizer, counts=COUNTS, layers=[1, 2])
+        exemplar_table(kept, tokenized, lens.tokenizer, explain=COUNTS, score=COUNTS, layers=[1, 2])
 
 
 def logits_and_contributions(lens: Lens, row: int, targets: range) -> tuple[np.ndarray, np.ndarray]:
@@ -296,7 +301,7 @@ def test_promoted_and_suppressed_tokens_of_a_planted_expert(tokenized):
         experts.down_proj[2] = wanted[:, None].expand(-1, gate.shape[0])
     lens = Lens(model, tiny.tokenizer())
     kept = capture(lens, tokenized)
-    table = exemplar_table(kept, tokenized, lens.tokenizer, counts=COUNTS)
+    table = exemplar_table(kept, tokenized, lens.tokenizer, explain=COUNTS, score=COUNTS)
     found = logit_lens(lens, kept, table, n_tokens=3)
     here = found[(found.layer == 1) & (found.expert == 2)]
     assert {p[0] for p in here.promoted} == {"q"}

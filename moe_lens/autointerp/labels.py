@@ -1,0 +1,123 @@
+"""The table of labels: what a labeller, a person or another tool says about experts.
+
+    layer,expert,label,rule
+    7,12,"closing brackets in code","[)\\]}]+"
+
+A label is a sentence. A rule is the same claim as a regular expression over characters: a token fits if one of its
+characters is part of a match, so a label with a rule needs no judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moe_lens.corpus.patterns import check_pattern
+from moe_lens.errors import BadConfig, MoELensError, OutOfRange
+from moe_lens.types import ExpertAddress, Status
+
+if TYPE_CHECKING:
+    from moe_lens.models.spec import Spec
+
+KEY = ("layer", "expert", "facet")
+LABEL_COLUMNS = (
+    *KEY, "label", "rule", "labeller", "model_id", "prompt_hash", "n_exemplars", "confidence", "evidence", "status",
+    "why",
+)  # fmt: skip
+_WHOLE = {"layer": "int64", "expert": "int64", "facet": "int64", "n_exemplars": "int64", "confidence": "Int64"}
+
+
+def label_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """A table of labels (`LABEL_COLUMNS`), sorted by expert and facet; what a row leaves out is empty.
+
+    ``facet`` 0 is an expert's one label, 1 to 5 are facets of it. ``status`` is ok for a row with a label, and a row
+    without one says in ``why`` what it is missing for.
+
+    Raises:
+        BadConfig: two rows for the same expert and facet.
+    """
+    empty: dict[str, Any] = dict.fromkeys(("labeller", "model_id", "prompt_hash", "why"), "")
+    empty |= {"label": None, "rule": None, "facet": 0, "n_exemplars": 0, "confidence": None, "status": str(Status.OK)}
+    filled = [{**empty, "evidence": [], **row} for row in rows]
+    frame = pd.DataFrame(filled, columns=list(LABEL_COLUMNS)).astype(_WHOLE)
+    for name in ("label", "rule"):
+        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+    twice = frame[frame.duplicated(list(KEY))]
+    if len(twice):
+        at = ExpertAddress(int(twice["layer"].iloc[0]), int(twice["expert"].iloc[0]))
+        raise BadConfig(f"there are two labels for {at}: keep one, or number them in a column facet (1, 2, ...)")
+    return frame.sort_values(list(KEY), ignore_index=True)
+
+
+def usable(labels: pd.DataFrame) -> pd.DataFrame:
+    """The rows that hold a label."""
+    return labels[labels["status"] == str(Status.OK)]
+
+
+def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
+    """Labels of a CSV file with the columns ``layer, expert, label`` and, if it has them, ``rule`` and ``facet``.
+
+    Args:
+        spec: of the model, to refuse experts that it does not have.
+
+    Raises:
+        BadConfig: no such file, no CSV, a missing column, an empty label, a rule that does not compile, two labels
+            for one expert.
+        OutOfRange: an expert that the model does not have.
+    """
+    path = Path(path)
+    table = _read(path)
+    rows = []
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        where = f"{path}, row {line}"
+        rule = str(row.get("rule") or "")
+        try:
+            at = ExpertAddress(_number(row["layer"], "L"), _number(row["expert"], "E"))
+            facet = _number(row.get("facet") or "0", "")
+            rule = check_pattern(rule, owner="its rule") if rule else None
+            if spec is not None:
+                _check_expert(spec, at)
+        except MoELensError as error:
+            raise type(error)(f"{where}: {error}") from error
+        label = " ".join(str(row["label"]).split())
+        if not label:
+            raise BadConfig(f"{where}: the label of {at} is empty; write one or take the row out")
+        place = {"layer": at.layer, "expert": at.expert, "facet": facet}
+        rows.append({**place, "label": label, "rule": rule, "labeller": f"file:{path.name}"})
+    if not rows:
+        raise BadConfig(f"{path} holds no label: write a row 'layer,expert,label' for each")
+    return label_frame(rows)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+    except OSError as error:
+        raise BadConfig(f"cannot read the labels {path}: {error.strerror or error}; give a CSV file") from error
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+        raise BadConfig(f"{path} is not a CSV file with a header layer,expert,label: {error}") from error
+    missing = [name for name in ("layer", "expert", "label") if name not in table]
+    if missing:
+        raise BadConfig(f"{path} has no column {missing[0]!r}: its header must be layer,expert,label[,rule]")
+    return table
+
+
+def _number(text: str, letter: str) -> int:
+    digits = str(text).strip().removeprefix(letter)
+    if not digits.isascii() or not digits.isdigit():
+        raise BadConfig(f"cannot read {text!r} as a number: write a layer, expert or facet as 7")
+    return int(digits)
+
+
+def _check_expert(spec: Spec, at: ExpertAddress) -> None:
+    entry = spec.at(at.layer)
+    if entry is None or at.layer not in spec.moe_layers:
+        layers = spec.moe_layers
+        raise OutOfRange(f"{spec.name!r} has no MoE layer {at.layer}: its MoE layers are {layers[0]} to {layers[-1]}")
+    if at.expert >= entry.n_experts:
+        raise OutOfRange(
+            f"layer {at.layer} of {spec.name!r} has no expert {at.expert}: give 0 to {entry.n_experts - 1}"
+        )
