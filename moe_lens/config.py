@@ -1,7 +1,7 @@
-"""Settings of a probe run, the small languages they are written in, and the prompts' hashes.
+"""Settings of the commands, the small languages they are written in, and the prompts' hashes.
 
-One pydantic model serves ``--config FILE.yaml`` and the command line: a field's description is its help text,
-flags override the file, the file overrides the defaults. No torch here: this loads before any model does.
+One pydantic model per command serves ``--config FILE.yaml`` and the command line: a field's description is its help
+text, flags override the file, the file overrides the defaults. No torch here: this loads before any model does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -85,13 +85,15 @@ OptionalSize = Annotated[int | None, _optional(parse_size)]
 OptionalCount = Annotated[int | None, Field(ge=1)]
 
 
-class ProbeConfig(BaseModel):
-    """Everything that ``moe-lens probe`` can be told. Field names are the option names, ``_`` for ``-``."""
+class RunConfig(BaseModel):
+    """What every command that runs a model over a text can be told.
+
+    Field names are the option names, ``_`` for ``-``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(description="MoE model: a hub id, a folder, or bundled:tiny-moe")
-    baseline: str | None = Field(default=None, description="dense model to compare with, or a second MoE")
     dataset: str = Field(
         default="bundled:",
         description="text or conversations: bundled:, a .jsonl, .txt or .parquet file, or a hub data set",
@@ -99,35 +101,19 @@ class ProbeConfig(BaseModel):
     dataset_config: str | None = Field(default=None, description="configuration of the hub data set")
     split: str = Field(default="train", description="split of the hub data set")
     text_column: str = Field(default="text", description="column that holds the text")
-    concepts: OptionalNames = Field(
-        default=None, description="names or categories, comma-separated (all that the text can show)"
-    )
     layers: OptionalInts = Field(default=None, description="decoder layers, such as 0,2,4-6 (all)")
     experts: OptionalNames = Field(
         default=None, description="L7.E12 for one, 0,2,4-6 for these of every chosen layer (all)"
     )
-    k: OptionalInts = Field(default=None, description="neurons per probe (1,2,4,8,16,32,64)")
     limit: OptionalCount = Field(default=None, description="documents to read (all)")
     max_tokens: OptionalCount = Field(default=None, description="stop after about this many tokens")
     document_tokens: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="tokens to read of each document (all); many short texts tell more than few long ones"
     )
     max_length: int = Field(default=256, ge=4, description="tokens per window")
-    max_rows: int = Field(default=2000, ge=100, description="rows that one probe is fitted on, at most")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="windows per forward pass"
     )
-    max_memory: OptionalSize = Field(
-        default=None, description="limit on the process, such as 4GB (60 % of what is free)"
-    )
-    all_cells: bool = Field(default=False, description="fit every k in every cell, not only in the best ones at k=1")
-    protocol: Literal["moe-lens", "herbst2026"] = Field(
-        default="moe-lens", description="herbst2026: that of arXiv 2604.02178, in tables of its own"
-    )
-    draws: int = Field(default=20, ge=0, description="random draws of equal cells from model and baseline, 0 for none")
-    neurons: bool = Field(default=True, description="count the concept groups that single neurons serve")
-    permutations: int = Field(default=999, ge=0, description="exchanges of labels behind each p-value, 0 for none")
-    splits: int = Field(default=1, ge=1, description="repeat over this many document splits")
     seed: int = Field(default=0, ge=0, description="seed of the document split and of every draw")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, mps (the best there is)")
     device_map: str | None = Field(default=None, description="auto spreads a large model over devices (accelerate)")
@@ -144,8 +130,15 @@ class ProbeConfig(BaseModel):
         """`batch_size` as a number, None for ``auto``."""
         return None if self.batch_size == "auto" else self.batch_size
 
+    def with_output(self) -> Self:
+        """With the default run directory, ``runs/`` and the model's name, if none was given."""
+        if self.output is not None:
+            return self
+        name = self.model.rstrip("/").split("/")[-1].replace(":", "-")
+        return self.model_copy(update={"output": Path("runs") / name})
+
     @classmethod
-    def build(cls, file: Path | None = None, **flags: Any) -> ProbeConfig:
+    def build(cls, file: Path | None = None, **flags: Any) -> Self:
         """Settings from an optional YAML file, overridden by the flags that are not None.
 
         Raises:
@@ -155,12 +148,61 @@ class ProbeConfig(BaseModel):
         values = {str(key).replace("-", "_"): value for key, value in values.items()}
         for key in values.keys() - cls.model_fields.keys():
             raise BadConfig(f"unknown setting {key!r} in {file}{nearest(key, cls.model_fields) or '; see --help'}")
-        if "model" not in values:
+        if "model" not in values and cls.model_fields["model"].is_required():
             raise BadConfig("no model was named: give --model, or a line 'model: ...' in the --config file")
         try:
             return cls(**values)
         except ValidationError as error:
-            raise BadConfig(_sentence(error)) from error
+            raise BadConfig(_sentence(error, cls)) from error
+
+
+class ProbeConfig(RunConfig):
+    """Everything that ``moe-lens probe`` can be told."""
+
+    baseline: str | None = Field(default=None, description="dense model to compare with, or a second MoE")
+    concepts: OptionalNames = Field(
+        default=None, description="names or categories, comma-separated (all that the text can show)"
+    )
+    k: OptionalInts = Field(default=None, description="neurons per probe (1,2,4,8,16,32,64)")
+    max_rows: int = Field(default=2000, ge=100, description="rows that one probe is fitted on, at most")
+    max_memory: OptionalSize = Field(
+        default=None, description="limit on the process, such as 4GB (60 % of what is free)"
+    )
+    all_cells: bool = Field(default=False, description="fit every k in every cell, not only in the best ones at k=1")
+    protocol: Literal["moe-lens", "herbst2026"] = Field(
+        default="moe-lens", description="herbst2026: that of arXiv 2604.02178, in tables of its own"
+    )
+    draws: int = Field(default=20, ge=0, description="random draws of equal cells from model and baseline, 0 for none")
+    neurons: bool = Field(default=True, description="count the concept groups that single neurons serve")
+    permutations: int = Field(default=999, ge=0, description="exchanges of labels behind each p-value, 0 for none")
+    splits: int = Field(default=1, ge=1, description="repeat over this many document splits")
+
+
+class AutointerpConfig(RunConfig):
+    """Everything that ``moe-lens autointerp`` can be told."""
+
+    model: str = Field(default="bundled:tiny-moe", description="MoE model: a hub id, a folder, or bundled:tiny-moe")
+    labeller: str | None = Field(
+        default=None,
+        description="openai:MODEL of any compatible server, gguf:FILE, or lexical (the model that --base-url serves, "
+        "else lexical)",
+    )
+    scorer: OptionalNames = Field(
+        default=None,
+        description="openai:MODEL, gguf:FILE, embedding:MODEL, rule (the labeller's model, and the rules of labels)",
+    )
+    labels: Path | None = Field(
+        default=None, description="CSV with layer,expert,label[,rule] to score instead of a labeller's"
+    )
+    base_url: str | None = Field(default=None, description="address of the server, such as http://localhost:8000/v1")
+    facets: int = Field(default=0, ge=0, le=5, description="ask for up to this many facets per expert, not one label")
+    items: int = Field(default=20, ge=5, le=40, description="tokens of each kind that an LLM judges per expert")
+    fuzz: bool = Field(default=True, description="LLM scorers also judge moved marks")
+    control: bool = Field(default=True, description="LLM scorers also judge other experts' labels")
+    max_calls: Annotated[int, Field(ge=0)] | None = Field(default=None, description="calls to servers, at most (any)")
+    concurrency: int = Field(default=16, ge=1, description="requests on their way at a time")
+    timeout: float = Field(default=60, gt=0, description="seconds to wait for one reply")
+    reply_tokens: OptionalCount = Field(default=None, description="longest reply to ask for (the server's own)")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -179,11 +221,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values or {}
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     """First problem of a pydantic error, in the user's words."""
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
-    help_text = ProbeConfig.model_fields[name].description if name in ProbeConfig.model_fields else ""
+    help_text = settings.model_fields[name].description if name in settings.model_fields else ""
     what = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"--{name.replace('_', '-')} cannot be {str(first['input'])!r}: give {what} ({help_text})"
 

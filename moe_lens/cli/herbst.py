@@ -51,7 +51,7 @@ def run(settings: ProbeConfig, text: Corpus) -> Herbst2026:
         BadOutput: it holds such a run with other settings.
     """
     from moe_lens.capture.run import create_run, identity_of
-    from moe_lens.cli.probe import expert_addresses, load_lens
+    from moe_lens.cli.inputs import expert_addresses, load_lens
     from moe_lens.probing.herbst2026 import Herbst2026, herbst2026
 
     assert settings.output is not None

@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_lens.cli import inputs
 from moe_lens.cli.options import Json, Verbose, options_of
-from moe_lens.config import ProbeConfig, parse_ints
-from moe_lens.errors import BadOutput, OutOfRange
-from moe_lens.types import ExpertAddress
+from moe_lens.config import ProbeConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from moe_lens.corpus.text import Corpus
-    from moe_lens.models.lens import Lens
     from moe_lens.models.spec import Spec
     from moe_lens.probing.probe import Probes
 
@@ -49,13 +45,12 @@ def probe(
         published.show(from_published, more, {"config": config, "dry_run": dry_run, **flags}, json=json)
         return
     settings = ProbeConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
-    if not dry_run and settings.output is None:
-        name = settings.model.rstrip("/").split("/")[-1].replace(":", "-")
-        settings = settings.model_copy(update={"output": Path("runs") / name})
+    if not dry_run:
+        settings = settings.with_output()
     if settings.protocol == herbst.NAME:
         herbst.check(settings)
     specs = check_models(settings)
-    check_tokenizers(settings, specs)
+    inputs.check_tokenizers(settings, specs)
     text = read_corpus(settings)
     if dry_run:
         from moe_lens.cli.plan import make_plan
@@ -80,97 +75,15 @@ def check_models(settings: ProbeConfig) -> list[Spec]:
     Raises:
         ModelNotFound, UnsupportedModel, NotAnMoE, OutOfRange, BadOutput: see the message.
     """
-    import moe_lens
-    from moe_lens.models.load import require_moe
     from moe_lens.models.source import refuse_quantised
     from moe_lens.probing.settings import check_k
 
-    check_output(settings.output)
-
-    def spec_of(name: str, revision: str | None) -> Spec:
-        return moe_lens.inspect(
-            name,
-            revision=revision,
-            local_files_only=settings.local_files_only,
-            trust_remote_code=settings.trust_remote_code,
-        )
-
-    spec = spec_of(settings.model, settings.revision)
-    require_moe(spec)
-    check_layers(spec, settings.layers)
-    expert_addresses(spec, settings.layers, settings.experts)
-    specs = [spec]
+    specs = [inputs.check_model(settings)]
     if settings.baseline:
-        specs.append(spec_of(settings.baseline, None))
+        specs.append(inputs.read_spec(settings, settings.baseline, revision=None))
         refuse_quantised(specs[1].name, specs[1].quantisation)
     check_k(settings.k, specs)
     return specs
-
-
-def check_output(output: Path | None) -> None:
-    """Refuse before any work what ``create_run`` would refuse after it.
-
-    Raises:
-        BadOutput: a file, or a folder with things that no run wrote.
-    """
-    if output is None:
-        return
-    if output.exists() and not output.is_dir():
-        raise BadOutput(f"{output} is a file: give -o a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").exists():
-        raise BadOutput(f"{output} is not empty and is no moe-lens run: give -o a new or an empty folder")
-
-
-def check_layers(spec: Spec, layers: Sequence[int] | None) -> None:
-    """Refuse layers that the model does not have.
-
-    Raises:
-        OutOfRange: the message names the valid ones.
-    """
-    known = [entry.layer for entry in spec.layers]
-    for layer in layers or ():
-        if layer not in known:
-            span = ",".join(map(str, known)) if len(known) < 4 else f"{known[0]}-{known[-1]}"
-            raise OutOfRange(f"{spec.name!r} has no layer {layer}: give --layers from {span}")
-
-
-def expert_addresses(spec: Spec, layers: Sequence[int] | None, experts: Sequence[str] | None) -> list[str] | None:
-    """Addresses such as ``L7.E12`` of ``--experts``; a plain number stands for that expert of every chosen layer.
-
-    Raises:
-        OutOfRange: unreadable, or an expert that the model does not have.
-    """
-    if experts is None:
-        return None
-    chosen = sorted(layers or spec.moe_layers)
-    found = []
-    for word in experts:
-        if word.replace("-", "").isdigit():
-            found += [ExpertAddress(layer, expert) for expert in parse_ints(word) for layer in chosen]
-        else:
-            found.append(ExpertAddress.parse(word))
-    for at in found:
-        check_layers(spec, [at.layer])
-        entry = spec.at(at.layer)
-        if entry is not None and at.expert >= entry.n_experts:
-            raise OutOfRange(
-                f"layer {at.layer} of {spec.name!r} has no expert {at.expert}: its experts are 0-{entry.n_experts - 1}"
-            )
-    return list(dict.fromkeys(map(str, found)))
-
-
-def check_tokenizers(settings: ProbeConfig, specs: Sequence[Spec]) -> None:
-    """Refuse tokenizers that concepts cannot be aligned with.
-
-    Raises:
-        ModelNotFound, UnsupportedModel: no tokenizer, or one without character offsets.
-    """
-    from moe_lens.corpus.windows import require_offsets
-    from moe_lens.models import source
-
-    for spec in specs:
-        options = source.Options(spec.revision, settings.local_files_only, settings.trust_remote_code)
-        require_offsets(source.read_tokenizer(source.resolve(spec.name), options))
 
 
 def read_corpus(settings: ProbeConfig) -> Corpus:
@@ -180,45 +93,21 @@ def read_corpus(settings: ProbeConfig) -> Corpus:
         BadCorpus: empty, unreadable, or not what its suffix says.
         UnknownConcept: a name that nothing defines.
     """
-    import moe_lens
     from moe_lens.corpus.checks import check_corpus
     from moe_lens.corpus.concepts import concepts_for
     from moe_lens.probing.settings import DOCUMENTS_NEEDED
 
-    text = moe_lens.corpus(
-        settings.dataset,
-        dataset_config=settings.dataset_config,
-        split=settings.split,
-        text_column=settings.text_column,
-        limit=settings.limit,
-        seed=settings.seed,
-    )
+    text = inputs.read_text(settings)
     check_corpus(text, concepts_for(text, settings.concepts), DOCUMENTS_NEEDED, seed=settings.seed)
     return text
-
-
-def load_lens(settings: ProbeConfig, name: str, *, revision: str | None) -> Lens:
-    """Load one of the two models with the placement settings."""
-    import moe_lens
-
-    return moe_lens.load(
-        name,
-        revision=revision,
-        dtype=settings.dtype,
-        device=settings.device,
-        device_map=settings.device_map,
-        local_files_only=settings.local_files_only,
-        trust_remote_code=settings.trust_remote_code,
-        kernel=settings.kernel or "native",  # type: ignore[arg-type]
-    )
 
 
 def run(settings: ProbeConfig, text: Corpus) -> Probes:
     """Load the models and probe them into ``settings.output``."""
     import moe_lens
 
-    lens = load_lens(settings, settings.model, revision=settings.revision)
-    baseline = load_lens(settings, settings.baseline, revision=None) if settings.baseline else None
+    lens = inputs.load_lens(settings, settings.model, revision=settings.revision)
+    baseline = inputs.load_lens(settings, settings.baseline, revision=None) if settings.baseline else None
     return moe_lens.probe(
         lens,
         text,
@@ -226,7 +115,7 @@ def run(settings: ProbeConfig, text: Corpus) -> Probes:
         concepts=settings.concepts,
         k=settings.k,
         layers=settings.layers,
-        experts=expert_addresses(lens.spec, settings.layers, settings.experts),
+        experts=inputs.expert_addresses(lens.spec, settings.layers, settings.experts),
         max_rows=settings.max_rows,
         max_length=settings.max_length,
         max_tokens=settings.max_tokens,

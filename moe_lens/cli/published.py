@@ -34,7 +34,7 @@ def show(files: Sequence[Path] | None, more: Sequence[Path] | None, flags: Mappi
         BadOutput: ``-o`` names something else than a new folder or an earlier run of the same files.
     """
     from moe_lens.cli import render
-    from moe_lens.cli.probe import check_output
+    from moe_lens.cli.inputs import check_output
     from moe_lens.probing.published import read_published
 
     if not files:
