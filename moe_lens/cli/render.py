@@ -162,7 +162,7 @@ def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:
             grouped[-1][0].append(entry.layer)
         else:
             grouped.append(([entry.layer], kind))
-    return [(_span(at), kind) for at, kind in grouped]
+    return [(span(at), kind) for at, kind in grouped]
 
 
 def model_pair(specs: Sequence[Spec]) -> None:
@@ -219,7 +219,8 @@ def probes(found: Probes) -> None:
 
 def waterfall(found: Probes) -> None:
     """What each step takes from the raw gap, in balanced F1 and AUROC."""
-    from moe_lens.probing.waterfall import MEAN, STEP_NAMES, one_ladder, signed
+    from moe_lens.plots import signed
+    from moe_lens.probing.waterfall import MEAN, STEP_NAMES, one_ladder
 
     columns = []
     for metric in ("f1_balanced", "auroc"):
@@ -342,7 +343,7 @@ def plan(found: Plan) -> None:
             f"{size(model.most_bytes)} (all layers in one pass)"
         )
         rows = [
-            [_span(s.layers), f"{s.top_k} of {s.n_experts}", *[f"{n:,}" for n in s.tokens_per_expert.values()]]
+            [span(s.layers), f"{s.top_k} of {s.n_experts}", *[f"{n:,}" for n in s.tokens_per_expert.values()]]
             for s in model.shares
         ]
         table("Tokens that each expert sees if the router is even", [">layers", ">experts", *_splits(model)], rows)
@@ -370,7 +371,7 @@ def _where(shortage: Shortage) -> str:
     return "every expert" if shortage.impossible else "the average expert"
 
 
-def _span(layers: Sequence[int]) -> str:
+def span(layers: Sequence[int]) -> str:
     gapless = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}-{layers[-1]}" if gapless else ",".join(map(str, layers))
 

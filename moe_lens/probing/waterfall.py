@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_lens.errors import BadConfig
+from moe_lens.plots import METRIC_NAMES, signed
 from moe_lens.stats import Bootstrap, average_over_groups, percentile_interval
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 MEAN = "__mean__"
-METRIC_NAMES = {"f1": "F1", "f1_balanced": "balanced F1", "auroc": "AUROC"}
 STEP_NAMES = {
     "raw": "raw gap",
     "search": "search among more cells",
@@ -301,12 +301,6 @@ def beside_null(table: pd.DataFrame) -> str:
 def verdict(low: float, high: float) -> str:
     """Where an interval lies."""
     return "above zero" if low > 0 else "below zero" if high < 0 else "not distinguishable from zero"
-
-
-def signed(value: float) -> str:
-    """Three digits with the sign, none on a zero."""
-    text = f"{value:+.3f}"
-    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def _with_interval(row: Any) -> str:

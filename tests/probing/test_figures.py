@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from moe_lens.errors import BadConfig
+from moe_lens.plots import compact, spread
 from moe_lens.probing import figures
-from moe_lens.probing.figures.style import compact, spread
 from moe_lens.probing.waterfall import MEAN, waterfall
 from moe_lens.stats import Bootstrap
 

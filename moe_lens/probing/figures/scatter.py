@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_lens.errors import BadConfig
-from moe_lens.probing.figures.style import (
+from moe_lens.plots import (
     BLUE,
     GREEN,
     GROUND,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lens.probing.figures.style import (
+from moe_lens.plots import (
     BLUE,
     GROUND,
     INK,

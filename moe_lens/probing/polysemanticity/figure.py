@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_lens.probing.figures.style import MODEL_COLOURS, layout
+from moe_lens.plots import MODEL_COLOURS, layout
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""Colours, type and small layout helpers that the figures share.
+"""Colours, type and small layout helpers that all figures share.
 
 Hues are those of Okabe & Ito (2008), which stay apart under every common colour blindness.
 """
@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
-
-from moe_lens.probing.waterfall import METRIC_NAMES, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +23,9 @@ FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
 CHARACTER = 0.58
 """Mean width of a bold character, in font sizes."""
 _TITLE, _SMALL = 17, 12
+
+
+METRIC_NAMES = {"f1": "F1", "f1_balanced": "balanced F1", "auroc": "AUROC"}
 
 
 def layout(
@@ -72,6 +73,12 @@ def number(value: float, form: str = ".3f") -> str:
     if not math.isfinite(value):
         return "–"
     return (signed(value) if form == "+" else format(value, form)).replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """Three digits with the sign, none on a zero."""
+    text = f"{value:+.3f}"
+    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def compact(value: float) -> str:
