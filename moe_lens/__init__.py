@@ -29,9 +29,12 @@ _LAZY = {
     "probe": "moe_lens.probing.probe",
     "read_published": "moe_lens.probing.published",
     "Probes": "moe_lens.probing.probe",
+    "Labels": "moe_lens.autointerp.result",
 }
 
 if TYPE_CHECKING:
+    from moe_lens.autointerp.pipeline import autointerp
+    from moe_lens.autointerp.result import Labels
     from moe_lens.capture.run import Run, capture, open_run
     from moe_lens.corpus.concepts import Concept, concept
     from moe_lens.corpus.text import Corpus, corpus
@@ -55,16 +58,16 @@ if TYPE_CHECKING:
     from moe_lens.probing.published import read_published
 
 __all__ = [
-    "Concept", "Corpus", "Diagnosis", "Lens", "Probes", "Run", "Spec", "__version__", "capture", "concept", "corpus",
-    "doctor", "drop_renorm", "edits", "inspect", "load", "mask_refill", "mask_refill_keep", "mean", "mean_off", "noise",
-    "open_run", "probe", "read_published", "resample", "swap", "zero",
+    "Concept", "Corpus", "Diagnosis", "Labels", "Lens", "Probes", "Run", "Spec", "__version__", "autointerp", "capture",
+    "concept", "corpus", "doctor", "drop_renorm", "edits", "inspect", "load", "mask_refill", "mask_refill_keep", "mean",
+    "mean_off", "noise", "open_run", "probe", "read_published", "resample", "swap", "zero",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     if name == "edits":  # all ten modes; `patch` is there only, the top level keeps that name for the verb
         return importlib.import_module("moe_lens.models.edits")
-    if name in ("capture", "corpus"):  # callable sub-packages, see moe_lens._callable
+    if name in ("autointerp", "capture", "corpus"):  # callable sub-packages, see moe_lens._callable
         return importlib.import_module(f"moe_lens.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'moe_lens' has no attribute {name!r}")

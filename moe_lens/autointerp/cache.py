@@ -12,7 +12,7 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,15 @@ class ReplyCache:
 
     def put(self, key: str, reply: Stored) -> None:
         """Keep a reply. The first one of a key stays, whichever process wrote it."""
+        self.put_all({key: reply})
+
+    def put_all(self, replies: Mapping[str, Stored]) -> None:
+        """Keep several replies, all of them or, if the process is killed, none."""
         with self._open() as connection:
-            connection.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", (key, *reply))
+            connection.execute("BEGIN IMMEDIATE")
+            rows = [(key, *reply) for key, reply in replies.items()]
+            connection.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?)", rows)
+            connection.execute("COMMIT")
 
     def __len__(self) -> int:
         if self._connection is None and not self.path.exists():

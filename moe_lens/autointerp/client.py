@@ -17,21 +17,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import Counter
-from collections.abc import Sequence
+from base64 import b64decode, b64encode
+from collections import Counter, defaultdict
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from moe_lens.autointerp.cache import ReplyCache, Stored, request_key
 from moe_lens.autointerp.replies import Outcome, Parsed, ReplySchema
-from moe_lens.autointerp.transport import Known, Line, Messages, NoReply, api_key, server_url
+from moe_lens.autointerp.transport import ChatLine, EmbeddingLine, Known, Messages, NoReply, api_key, server_url
 from moe_lens.errors import BadConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from numpy import ndarray
+
+T = TypeVar("T")
+L = TypeVar("L", ChatLine, EmbeddingLine)
 
 _ASK_AGAIN = {Outcome.INVALID, Outcome.EMPTY, Outcome.TOO_FEW_ANSWERS, Outcome.TOO_MANY_ANSWERS}
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MESSAGE = 4
+TEXTS_PER_CALL = 64
 _QUOTED = 2000  # characters of an unusable reply that go back with the second question
 
 
@@ -69,6 +80,14 @@ class Prediction(NamedTuple):
 
     calls: int
     tokens_in: int
+
+
+class Embedding(NamedTuple):
+    """A text's vector, if and only if `status` is ok. ``cached``: nothing was sent."""
+
+    status: Outcome
+    vector: Float[ndarray, "dimension"] | None = None
+    cached: bool = False
 
 
 class Client:
@@ -117,8 +136,8 @@ class Client:
         self.calls = self.tokens_in = self.tokens_out = 0
         self._outcomes: Counter[Outcome] = Counter()
         self._cache = None if cache is None else ReplyCache(cache)
-        self._known = Known()
-        self._line: Line | None = None
+        self._known: defaultdict[type, Known] = defaultdict(Known)
+        self._lines: dict[type, Any] = {}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -155,10 +174,14 @@ class Client:
             BadOutput: the cache cannot be read.
             WriteFailed: the cache cannot be written.
         """
+        return self._run(lambda: self._together([self.ask(*request) for request in requests], progress, describe))
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `work` in an event loop; in a thread of its own where one is running in this one."""
         if not _loop_is_running():
-            return asyncio.run(self._ask_all(requests, progress, describe))
+            return asyncio.run(work())
         loop = asyncio.new_event_loop()
-        task = loop.create_task(self._ask_all(requests, progress, describe))
+        task = loop.create_task(work())
         with ThreadPoolExecutor(1) as pool:
             try:
                 return pool.submit(loop.run_until_complete, task).result()
@@ -168,10 +191,11 @@ class Client:
             finally:
                 pool.submit(loop.close)
 
-    async def _ask_all(self, requests: Sequence[Request], progress: bool, describe: str) -> list[Reply]:
+    async def _together(self, work: Sequence[Coroutine[Any, Any, T]], progress: bool, describe: str) -> list[T]:
+        """What all of `work` returns, in its order; after an error, the rest of it is given up."""
         from tqdm.auto import tqdm
 
-        tasks = [asyncio.ensure_future(self.ask(*request)) for request in requests]
+        tasks = [asyncio.ensure_future(one) for one in work]
         try:
             with tqdm(total=len(tasks), desc=describe, unit="request", disable=None if progress else True) as bar:
                 for done in asyncio.as_completed(tasks):
@@ -186,7 +210,7 @@ class Client:
 
     async def ask(self, messages: Messages, schema: ReplySchema) -> Reply:
         """One request, from inside an event loop; raises as ``ask_all``. ``aclose`` at the end and after an error."""
-        line = self._line_of_this_loop()
+        line = self._line(ChatLine)
         async with line.gate:
             reply = await self._call(line, messages, schema, attempt=0)
             if reply.status in _ASK_AGAIN:
@@ -200,26 +224,81 @@ class Client:
         self._outcomes[reply.counted_as] += 1
         return reply
 
+    def predict_embeddings(self, texts: Sequence[str]) -> Prediction:
+        """As ``predict``, for ``embed_all``."""
+        missing = [text for text in dict.fromkeys(texts) if not self._stored(self._embedding_key(text))]
+        calls = -(-len(missing) // TEXTS_PER_CALL)
+        left = calls if self.max_calls is None else min(calls, max(0, self.max_calls - self.calls))
+        sizes = [math.ceil(len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN) for text in missing]
+        return Prediction(left, sum(sizes[: left * TEXTS_PER_CALL]))
+
+    def embed_all(
+        self, texts: Sequence[str], *, progress: bool = True, describe: str = "embed"
+    ) -> dict[str, Embedding]:
+        """The embedding of every text; several texts go into one call, and each is cached by itself.
+
+        A call that ended without a reply, or with fewer vectors than texts, leaves its texts failed and uncached.
+
+        Raises: as ``ask_all``.
+        """
+        found = {text: self._stored_embedding(text) for text in texts}
+        missing = [text for text, embedding in found.items() if embedding is None]
+        parts = [missing[at : at + TEXTS_PER_CALL] for at in range(0, len(missing), TEXTS_PER_CALL)]
+        for part in self._run(lambda: self._together([self._embed(part) for part in parts], progress, describe)):
+            found |= part
+        done = {text: embedding for text, embedding in found.items() if embedding is not None}
+        self._outcomes.update(Outcome.CACHED if one.cached else one.status for one in done.values())
+        return done
+
+    async def _embed(self, texts: Sequence[str]) -> dict[str, Embedding]:
+        line = self._line(EmbeddingLine)
+        async with line.gate:
+            if self._spent:
+                return dict.fromkeys(texts, Embedding(Outcome.BUDGET))
+            self.calls += 1
+            try:
+                vectors, tokens_in = await line.send(texts)
+            except NoReply:
+                return dict.fromkeys(texts, Embedding(Outcome.FAILED))
+            self.tokens_in += tokens_in
+            if self._cache is not None:
+                stored = [
+                    Stored(Outcome.OK, b64encode(vector.astype("<f4").tobytes()).decode(), 0, 0) for vector in vectors
+                ]
+                self._cache.put_all(dict(zip(map(self._embedding_key, texts), stored, strict=True)))
+            return {text: Embedding(Outcome.OK, vector) for text, vector in zip(texts, vectors, strict=True)}
+
+    def _stored_embedding(self, text: str) -> Embedding | None:
+        stored = self._stored(self._embedding_key(text))
+        vector = stored and np.frombuffer(b64decode(stored.text), "<f4")
+        return None if vector is None else Embedding(Outcome.OK, vector, cached=True)
+
+    def _embedding_key(self, text: str) -> str:
+        return request_key(model=self.model, embedding_of=text)
+
     async def aclose(self) -> None:
         """Close the connections and the cache; the next request opens them again."""
-        line, self._line = self._line, None
-        if line is not None and line.loop is asyncio.get_running_loop():
-            await line.close()
+        lines, self._lines = self._lines, {}
+        for line in lines.values():
+            if line.loop is asyncio.get_running_loop():
+                await line.close()
         if self._cache is not None:
             self._cache.close()
 
-    def _line_of_this_loop(self) -> Line:
-        if self._line is None or self._line.loop is not asyncio.get_running_loop():
-            self._line = Line(
+    def _line(self, kind: type[L]) -> L:
+        """The line of this kind that belongs to the running event loop."""
+        line = self._lines.get(kind)
+        if line is None or line.loop is not asyncio.get_running_loop():
+            line = self._lines[kind] = kind(
                 self.model,
                 self.base_url,
                 parameters=self.parameters,
                 concurrency=self.concurrency,
                 timeout=self.timeout,
                 max_retries=self.max_retries,
-                known=self._known,
+                known=self._known[kind],
             )
-        return self._line
+        return line
 
     def _key(self, messages: Messages, schema: ReplySchema, attempt: int) -> str:
         return request_key(
@@ -230,21 +309,25 @@ class Client:
             attempt=attempt,
         )
 
+    @property
+    def _spent(self) -> bool:
+        return self.max_calls is not None and self.calls >= self.max_calls
+
     def _stored(self, key: str) -> Stored | None:
         return None if self._cache is None else self._cache.get(key)
 
-    async def _call(self, line: Line, messages: Messages, schema: ReplySchema, attempt: int) -> Reply:
+    async def _call(self, line: ChatLine, messages: Messages, schema: ReplySchema, attempt: int) -> Reply:
         """One call, or its reply from the cache."""
         key = self._key(messages, schema, attempt)
         # of two tasks with the same request, the second finds the reply of the first
         async with contextlib.nullcontext() if self._cache is None else line.busy[key]:
             if stored := self._stored(key):
                 return _read(stored, schema, cached=True)
-            if self.max_calls is not None and self.calls >= self.max_calls:
+            if self._spent:
                 return Reply(Outcome.BUDGET, why=f"all {self.max_calls} calls are made")
             self.calls += 1
             try:
-                stored = await line.send(messages, schema)
+                stored = await line.send((messages, schema))
             except NoReply as problem:
                 return Reply(Outcome.FAILED, why=str(problem))
             # nothing is awaited between the reply and its place in the cache

@@ -30,7 +30,7 @@ LABEL_COLUMNS = (
 _WHOLE = {"layer": "int64", "expert": "int64", "facet": "int64", "n_exemplars": "int64", "confidence": "Int64"}
 
 
-def label_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def label_frame(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
     """A table of labels (`LABEL_COLUMNS`), sorted by expert and facet; what a row leaves out is empty.
 
     ``facet`` 0 is an expert's one label, 1 to 5 are facets of it. ``status`` is ok for a row with a label, and a row

@@ -69,12 +69,17 @@ def _words(text: str) -> str:
     return " ".join(text.split())
 
 
+Phrase = Annotated[str, AfterValidator(_words)]
+"""Text of at least one word, on one line."""
+# the numbers of examples, which some models write as numbers in spite of the schema
+Evidence = list[Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]]
+
+
 class Explanation(Shape):
     """Reply to ``prompts/explain.md``. ``label`` is None where the labeller found nothing; it is one line."""
 
-    label: Annotated[str, AfterValidator(_words)] | None
-    # the numbers of examples, which some models write as numbers in spite of the schema
-    evidence: list[Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]]
+    label: Phrase | None
+    evidence: Evidence
     confidence: Grade
 
 

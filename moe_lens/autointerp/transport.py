@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from moe_lens.autointerp.cache import Stored
 from moe_lens.autointerp.replies import Outcome, ReplySchema
@@ -21,21 +24,31 @@ from moe_lens.errors import BadConfig
 
 if TYPE_CHECKING:
     import openai
+    from jaxtyping import Float
+    from numpy import ndarray
 
 Messages = Sequence[dict[str, str]]
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI = "https://api.openai.com/v1"
-_NO_KEY = "no-key"  # the package insists on one, local servers do not read it
+NO_KEY = "no-key"  # the package insists on one, local servers do not read it
 _CONNECT_SECONDS = 10
 _FIRST_RETRIES = 2  # few, so that a wrong address is noticed in seconds
 _NOT_CONNECTED = ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")  # of httpx, whose major versions differ
 _NO_CREDIT = "insufficient_quota"
+_FILTERED = "content_filter"
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 class NoReply(Exception):
     """A call that ended without a reply; the text says how, and quotes nobody."""
+
+
+class NotOpenAI(Exception):
+    """An answer that no OpenAI-compatible server gives."""
 
 
 def server_url(url: str | None) -> str:
@@ -55,6 +68,12 @@ def server_url(url: str | None) -> str:
     if not usable:
         raise BadConfig(f"cannot use the address {url!r}: give --base-url as http://localhost:8000/v1")
     return url.rstrip("/")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the server runs on this machine; a proxy of the environment could not reach it."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def api_key(url: str) -> str:
@@ -82,7 +101,7 @@ class Known:
     unsupported: set[str] = field(default_factory=set)  # settings that were turned down
 
 
-class Line:
+class Line(ABC, Generic[Question, Answer]):
     """Connections to one server, and the locks that tasks of one event loop share."""
 
     def __init__(
@@ -112,10 +131,11 @@ class Line:
 
         self._key = api_key(self._url)
         return openai.AsyncOpenAI(
-            api_key=self._key or _NO_KEY,
+            api_key=self._key or NO_KEY,
             base_url=self._url,
             max_retries=self._max_retries,
             timeout=openai.Timeout(self._timeout, connect=min(self._timeout, _CONNECT_SECONDS)),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self._url) else None,
         )
 
     async def close(self) -> None:
@@ -123,7 +143,15 @@ class Line:
         if "_sdk" in vars(self):
             await self._sdk.close()
 
-    async def send(self, messages: Messages, schema: ReplySchema) -> Stored:
+    @abstractmethod
+    async def _ask(self, sdk: openai.AsyncOpenAI, question: Question, without: set[str]) -> Answer:
+        """One call, the settings `without` left out. Raises NotOpenAI for an answer of another form."""
+
+    def _spare(self, named: str, without: set[str]) -> str | None:
+        """The next setting to leave out of a question that was turned down; the server complained of `named`."""
+        return None
+
+    async def send(self, question: Question) -> Answer:
         """The server's reply. The first call goes alone; when it shows a wrong setting, no other is made.
 
         Raises:
@@ -133,27 +161,27 @@ class Line:
         if not self._known.greeted:
             async with self._first:
                 if not self._known.greeted and not self._stopped:
-                    return await self._greet(messages, schema)
+                    return await self._greet(question)
         if self._stopped:
             raise self._stopped
-        return await self._exchange(messages, schema, first=False)
+        return await self._exchange(question, first=False)
 
-    async def _greet(self, messages: Messages, schema: ReplySchema) -> Stored:
+    async def _greet(self, question: Question) -> Answer:
         """The first call, of which only a wrong setting keeps the others back."""
         try:
-            reply = await self._exchange(messages, schema, first=True)
+            reply = await self._exchange(question, first=True)
         except NoReply:
             self._known.greeted = True
             raise
         self._known.greeted = True
         return reply
 
-    async def _exchange(self, messages: Messages, schema: ReplySchema, *, first: bool) -> Stored:
+    async def _exchange(self, question: Question, *, first: bool) -> Answer:
         """One call, repeated with fewer settings as long as the server turns some down."""
         without = set(self._known.unsupported)
         while True:
-            answer = await self._once(self._body(messages, schema, without), first=first)
-            if isinstance(answer, Stored):
+            answer = await self._once(question, without, first=first)
+            if not isinstance(answer, Exception):
                 self._known.unsupported |= without
                 return answer
             if (setting := self._turned_down(answer, without)) is None:
@@ -165,43 +193,15 @@ class Line:
             raise self._stopped
         raise NoReply(_in_words(answer))
 
-    def _body(self, messages: Messages, schema: ReplySchema, without: set[str]) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model, "messages": list(messages)}
-        body |= {name: value for name, value in self._parameters.items() if name not in without}
-        if "response_format" not in without:
-            # as it is: the package would walk through the whole schema at every call, which takes milliseconds
-            return body | {"extra_body": {"response_format": schema.response_format}}
-        *before, last = messages
-        asked = {**last, "content": f"{last['content']}\n\n{schema.instructions}"}
-        return body | {"messages": [*before, asked]}
-
-    async def _once(self, body: dict[str, Any], *, first: bool) -> Stored | Exception:
+    async def _once(self, question: Question, without: set[str], *, first: bool) -> Answer | Exception:
         """A reply or the error. Errors are returned: one raised from here would drag the package's text along."""
         import openai
 
         sdk = self._sdk.with_options(max_retries=min(self._max_retries, _FIRST_RETRIES)) if first else self._sdk
         try:
-            completion = await sdk.chat.completions.create(**body)
-        except openai.BadRequestError as error:
-            return Stored(Outcome.REFUSED, "", 0, 0) if error.code == "content_filter" else error
-        except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON, or no UTF-8
+            return await self._ask(sdk, question, without)
+        except (openai.OpenAIError, NotOpenAI, ValueError) as error:  # ValueError: a body that is not JSON, or no UTF-8
             return error
-        choices = getattr(completion, "choices", None)
-        if not isinstance(choices, list):
-            return TypeError("no list of choices")
-        return self._reply(choices, getattr(completion, "usage", None))
-
-    def _reply(self, choices: list[Any], usage: Any) -> Stored:
-        """Outcome ``ok`` here means that there is text to read."""
-        choice = choices[0] if choices else None
-        message = getattr(choice, "message", None)
-        content, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
-        filtered = getattr(choice, "finish_reason", None) == "content_filter"
-        text = self._clean(content if isinstance(content, str) else "")
-        cost = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-        if refusal or filtered:
-            return Stored(Outcome.REFUSED, self._clean(str(refusal or text)), *cost)
-        return Stored(Outcome.OK if text.strip() else Outcome.EMPTY, text, *cost)
 
     def _clean(self, text: str) -> str:
         """`text` without the key, should a server quote it, and without half surrogate pairs, which no file takes."""
@@ -212,10 +212,7 @@ class Line:
         """The setting to leave out at the next try, None if that would not help."""
         if _status(error) not in (400, 422):
             return None
-        named = str(getattr(error, "param", None))
-        if named in self._parameters and named not in without:  # reasoning models take no temperature
-            return named
-        return None if "response_format" in without else "response_format"
+        return self._spare(str(getattr(error, "param", None)), without)
 
     def _reason_to_stop(self, error: Exception, *, first: bool) -> str | None:
         """The sentence that ends the run, None if only this request failed."""
@@ -229,7 +226,7 @@ class Line:
             return None
         if type(error.__cause__).__name__ in _NOT_CONNECTED:
             return f"cannot reach {self._url}: start the server, or correct --base-url"
-        if status in (404, 405) or isinstance(error, TypeError | json.JSONDecodeError):
+        if status in (404, 405) or isinstance(error, NotOpenAI | json.JSONDecodeError):
             return (
                 f"{self._url} has no model {self._model!r} or does not speak OpenAI's protocol: "
                 "correct the model's name or --base-url, which mostly ends in /v1"
@@ -238,6 +235,89 @@ class Line:
             said = " ".join(self._clean(str(getattr(error, "message", ""))).split())[:200]
             return f"{self._url} turned the first request for the model {self._model!r} down, correct it: {said}"
         return None
+
+
+class ChatLine(Line[tuple[Messages, ReplySchema], Stored]):
+    """Chat completions. A question that is turned down is asked without what the server complained of, or else
+    without structured output."""
+
+    async def _ask(self, sdk: openai.AsyncOpenAI, question: tuple[Messages, ReplySchema], without: set[str]) -> Stored:
+        import openai
+
+        try:
+            completion = await sdk.chat.completions.create(**self._body(*question, without))
+        except openai.BadRequestError as error:
+            if error.code != _FILTERED:
+                raise
+            return Stored(Outcome.REFUSED, "", 0, 0)
+        choices = getattr(completion, "choices", None)
+        if not isinstance(choices, list):
+            raise NotOpenAI("no list of choices")
+        return self._reply(choices, getattr(completion, "usage", None))
+
+    def _body(self, messages: Messages, schema: ReplySchema, without: set[str]) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self._model, "messages": list(messages)}
+        body |= {name: value for name, value in self._parameters.items() if name not in without}
+        if "response_format" not in without:
+            # as it is: the package would walk through the whole schema at every call, which takes milliseconds
+            return body | {"extra_body": {"response_format": schema.response_format}}
+        *before, last = messages
+        asked = {**last, "content": f"{last['content']}\n\n{schema.instructions}"}
+        return body | {"messages": [*before, asked]}
+
+    def _reply(self, choices: list[Any], usage: Any) -> Stored:
+        """Outcome ``ok`` here means that there is text to read."""
+        choice = choices[0] if choices else None
+        message = getattr(choice, "message", None)
+        content, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
+        filtered = getattr(choice, "finish_reason", None) == _FILTERED
+        text = self._clean(content if isinstance(content, str) else "")
+        cost = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+        if refusal or filtered:
+            return Stored(Outcome.REFUSED, self._clean(str(refusal or text)), *cost)
+        return Stored(Outcome.OK if text.strip() else Outcome.EMPTY, text, *cost)
+
+    def _spare(self, named: str, without: set[str]) -> str | None:
+        if named in self._parameters and named not in without:  # reasoning models take no temperature
+            return named
+        return None if "response_format" in without else "response_format"
+
+
+class Embedded(NamedTuple):
+    """The vectors of several texts, in their order, and the tokens that the server counted."""
+
+    vectors: Float[ndarray, "text dimension"]
+    tokens_in: int
+
+
+class EmbeddingLine(Line[Sequence[str], Embedded]):
+    """Embeddings, several texts a call. The parameters of a line are those of chats; none of them is sent."""
+
+    async def _ask(self, sdk: openai.AsyncOpenAI, question: Sequence[str], without: set[str]) -> Embedded:
+        # float: some servers know no base64, which the package asks for by default
+        answer = await sdk.embeddings.create(model=self._model, input=list(question), encoding_format="float")
+        data = getattr(answer, "data", None)
+        if not isinstance(data, list):
+            raise NotOpenAI("no list of data")
+        return Embedded(_vectors(data, len(question)), _count(getattr(answer, "usage", None), "prompt_tokens"))
+
+
+def _vectors(data: list[Any], n_texts: int) -> Float[ndarray, "text dimension"]:
+    """Vectors in the order of the texts.
+
+    Raises:
+        NoReply: not one vector for each text, of one length, finite and not zero.
+    """
+    found = {getattr(one, "index", None): getattr(one, "embedding", None) for one in data}
+    if len(data) != n_texts or found.keys() != set(range(n_texts)):
+        raise NoReply(f"{len(data)} embeddings for {n_texts} texts")
+    try:
+        vectors = np.array([found[i] for i in range(n_texts)], np.float32)
+    except (TypeError, ValueError):
+        raise NoReply("embeddings that are not vectors of one length") from None
+    if vectors.ndim != 2 or not np.isfinite(vectors).all() or not vectors.any(1).all():
+        raise NoReply("embeddings without a direction")
+    return vectors
 
 
 def _count(usage: Any, name: str) -> int:
@@ -252,6 +332,6 @@ def _status(error: Exception) -> int | None:
 def _in_words(error: Exception) -> str:
     if status := _status(error):
         return f"HTTP {status}"
-    if isinstance(error, TypeError | json.JSONDecodeError):
+    if isinstance(error, NotOpenAI | json.JSONDecodeError):
         return "the answer is not that of an OpenAI-compatible server"
     return type(error).__name__  # such as APITimeoutError, APIConnectionError

@@ -2,7 +2,7 @@
 
 A run belongs to one model, one corpus and one seed. A command asks for a directory with ``create_run``; it is
 refused when the directory holds something else. Tables and manifest are replaced atomically, so a killed or
-failed command leaves the last good state. Parts of an unfinished command live in ``.partial/`` and are what
+failed command leaves the last good state. Parts of an unfinished command live in ``.partial/COMMAND`` and are what
 ``--resume`` starts from.
 """
 
@@ -31,11 +31,14 @@ from moe_lens.errors import BadOutput
 if TYPE_CHECKING:
     import pandas as pd
 
+    from moe_lens.capture.card import ExpertCard
     from moe_lens.corpus.text import Corpus
     from moe_lens.models.lens import Lens
+    from moe_lens.types import ExpertAddress
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"
 _PACKAGES = ("moe-lens", "torch", "transformers", "scikit-learn", "datasets", "pandas", "numpy")
 
 
@@ -128,13 +131,56 @@ class Run:
             moe = moe.merge(best[["layer", "expert", "top_domain", "top_domain_lift"]], how="left")
         return moe.reset_index(drop=True)
 
-    @property
-    def partial(self) -> Path:
-        """Folder of finished parts of an unfinished command."""
-        return self.path / ".partial"
+    def exemplars(
+        self, address: str | ExpertAddress, *, split: str = "select", kind: str | None = None
+    ) -> pd.DataFrame:
+        """Exemplars and negatives of one expert; see `autointerp.exemplars.exemplar_table` for the columns.
 
-    def clear_partial(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        Args:
+            address: such as ``L7.E12``.
+            split: select (what explains) or validate (what scores).
+            kind: one kind of row, all by default.
+
+        Raises:
+            BadOutput: the run has no exemplars.
+            OutOfRange: no such expert, or it got no token of that split.
+            BadConfig: no such split or kind.
+        """
+        from moe_lens.capture.card import expert_exemplars
+
+        return expert_exemplars(self, address, split=split, kind=kind)
+
+    def card(self, address: str | ExpertAddress, *, n: int = 8) -> ExpertCard:
+        """Everything that the run knows about one expert.
+
+        Args:
+            n: exemplars in each part.
+
+        Raises:
+            BadOutput: the run has no exemplars.
+            OutOfRange: no such expert, or it got no token of the select split.
+        """
+        from moe_lens.capture.card import expert_card
+
+        return expert_card(self, address, n=n)
+
+    def partial(self, command: str) -> Path:
+        """Folder of finished parts of an unfinished command."""
+        return self.path / PARTIAL / command
+
+    def clear_partial(self, command: str) -> None:
+        shutil.rmtree(self.partial(command), ignore_errors=True)
+        if (self.path / PARTIAL).is_dir() and not any((self.path / PARTIAL).iterdir()):
+            (self.path / PARTIAL).rmdir()
+
+    def drop(self, command: str, files: Sequence[str]) -> None:
+        """Forget what `command` wrote, to run it anew: its entry, its parts and `files`. All else stays."""
+        for name in files:
+            (self.path / name).unlink(missing_ok=True)
+        self.clear_partial(command)
+        manifest = self.manifest
+        if manifest["commands"].pop(command, None) is not None:
+            write_json(self.path / MANIFEST, manifest)
 
 
 def open_run(path: str | Path) -> Run:
@@ -151,12 +197,11 @@ def open_run(path: str | Path) -> Run:
     return Run(path)
 
 
-def create_run(path: str | Path, identity: dict[str, Any], *, resume: bool = True) -> Run:
+def create_run(path: str | Path, identity: dict[str, Any]) -> Run:
     """Make or reopen the directory of a run.
 
     Args:
         identity: model, corpus and seed; two runs with different identities never share a directory.
-        resume: reopen a directory of the same identity; False starts it anew.
 
     Raises:
         BadOutput: `path` holds another run, or files that no run wrote.
@@ -171,27 +216,17 @@ def create_run(path: str | Path, identity: dict[str, Any], *, resume: bool = Tru
         if manifest.get("identity_hash") == digest(identity):
             for stray in path.glob(".*.tmp"):  # of a process that was killed while it wrote
                 stray.unlink(missing_ok=True)
-            if not resume:
-                _empty(path)
-            else:
-                return run
-        else:
-            old = manifest.get("model", {}).get("name", "another model")
-            raise BadOutput(
-                f"{path} holds another run ({old}, corpus {manifest.get('corpus', {}).get('id', '?')}, "
-                f"seed {manifest.get('seed', '?')}): give another -o; --resume only continues a run of the same "
-                f"model, corpus, seed and settings"
-            )
-    elif path.exists() and any(path.iterdir()):
+            return run
+        old = manifest.get("model", {}).get("name", "another model")
+        raise BadOutput(
+            f"{path} holds another run ({old}, corpus {manifest.get('corpus', {}).get('id', '?')}, "
+            f"seed {manifest.get('seed', '?')}): give another -o; --resume only continues a run of the same "
+            f"model, corpus, seed and settings"
+        )
+    if path.exists() and any(path.iterdir()):
         raise BadOutput(f"{path} is not empty and is no moe-lens run: give -o a new or an empty folder")
     write_json(path / MANIFEST, _new_manifest(identity))
     return Run(path)
-
-
-def _empty(path: Path) -> None:
-    for table in path.glob("*.parquet"):
-        table.unlink()
-    shutil.rmtree(path / ".partial", ignore_errors=True)
 
 
 def _new_manifest(identity: dict[str, Any]) -> dict[str, Any]:
@@ -276,7 +311,6 @@ def capture(
     max_tokens: int | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
-    resume: bool = True,
     progress: bool = True,
 ) -> Run | RoutingStats:
     """Stream a corpus through a model once and keep routing statistics and whatever `consumers` keep.
@@ -295,7 +329,7 @@ def capture(
     started = time.perf_counter()
     layers = lens.check_layers(layers)
     tokenized = tokenize(corpus, lens.tokenizer, [], max_length=max_length, limit_tokens=max_tokens, seed=seed)
-    run = create_run(out, identity_of(lens, corpus, seed=seed), resume=resume) if out else None
+    run = create_run(out, identity_of(lens, corpus, seed=seed)) if out else None
     stats = RoutingStats(len(corpus))
     loader = batches(tokenized, split=None, tokens_per_batch=batch_tokens)
     n_tokens = stream(lens, loader, [stats, *consumers], layers=layers, progress=progress)

@@ -130,7 +130,8 @@ def routing_by_field(stats: RoutingStats, fields: Sequence[Mapping[str, str]], n
                 columns = {"field": name, "value": value, "layer": layer, "expert": np.arange(site.n_experts)}
                 columns |= {"n_documents": int(mine.sum()), "n_tokens": int(n), "visits": visits}
                 rows.append(pd.DataFrame({**columns, "share": share, "lift": lift}))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    columns_of_rows = ["field", "value", "layer", "expert", "n_documents", "n_tokens", "visits", "share", "lift"]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns_of_rows)
 
 
 def notable_experts(stats: RoutingStats) -> pd.DataFrame:

@@ -15,11 +15,11 @@ from typing import NoReturn
 import typer
 
 from moe_lens import __version__
-from moe_lens.cli import demo, doctor, inspect, ls, probe
+from moe_lens.cli import autointerp, demo, doctor, inspect, ls, probe, show
 from moe_lens.errors import MoELensError, nearest
 
 DEBUG = "MOE_LENS_DEBUG"
-_RESUMABLE = ("probe", "demo")
+_RESUMABLE = ("probe", "autointerp", "demo")
 
 app = typer.Typer(
     name="moe-lens",
@@ -33,6 +33,8 @@ app = typer.Typer(
 app.command("inspect", short_help="what a model is made of, from its config")(inspect.inspect)
 app.command("doctor", short_help="does moe-lens see a checkpoint right, and what does it offer")(doctor.doctor)
 app.command("probe", short_help="probe experts' neurons for concepts, beside a dense model")(probe.probe)
+app.command("autointerp", short_help="label experts, and score the labels")(autointerp.autointerp)
+app.command("show", short_help="what a run says about an expert, with its exemplars")(show.show)
 app.command("demo", short_help="the bundled MoE against its dense twin, offline")(demo.demo)
 app.command("ls", short_help="tables of a run, or the runs in a folder")(ls.ls)
 

@@ -1,4 +1,4 @@
-"""``moe-lens demo``: the bundled MoE against its dense twin, on the bundled text, with nothing to download."""
+"""``moe-lens demo``: the bundled MoE against its dense twin, then labels for its experts, with nothing to download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from moe_lens import __version__
 from moe_lens.cli.options import Json, Resume, Verbose
-from moe_lens.config import ProbeConfig
+from moe_lens.config import AutointerpConfig, ProbeConfig, RunConfig
 
 MOE, DENSE, TEXT = "bundled:tiny-moe", "bundled:tiny-dense", "bundled:"
 DOCUMENT_TOKENS = 48
@@ -19,6 +19,8 @@ CONCEPTS = ["text", "code", "syntax", "script", "markup", "layout", "kind", "lan
 """Without the single domains and languages, which take half the time, and LaTeX, of which there is too little."""
 K = [1, 2, 8, 32]
 DRAWS, PERMUTATIONS = 5, 99
+LABEL_TOKENS = 128
+"""Tokens per document from which experts are labelled: one pass of one model, so there is time for more."""
 DIRECTORY = Path("runs/demo")
 
 
@@ -28,30 +30,30 @@ def demo(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare the bundled MoE with its dense twin; one to two minutes the first time, seconds after that."""
+    """Compare the bundled MoE with its dense twin and label its experts; about two minutes, seconds after that."""
     import moe_lens
-    from moe_lens.cli import probe
+    from moe_lens.cli import autointerp, probe
 
-    settings = ProbeConfig(
-        model=MOE,
+    shared: dict[str, Any] = {"model": MOE, "dataset": TEXT, "output": output, "resume": resume, "device": "cpu"}
+    probing = ProbeConfig(
         baseline=DENSE,
-        dataset=TEXT,
         document_tokens=DOCUMENT_TOKENS,
         concepts=CONCEPTS,
         k=K,
         draws=DRAWS,
         permutations=PERMUTATIONS,
-        output=output,
-        resume=resume,
-        device="cpu",
+        **shared,
     )
-    stamp = fingerprint(settings)
+    labelling = AutointerpConfig(labeller="lexical", document_tokens=LABEL_TOKENS, **shared)
+    stamp = fingerprint(probing, labelling)
     earlier = stamp_of(output)
     if earlier != stamp or not resume:
         if earlier is not None:  # a demo of another version or of other bundled files: replace it
-            settings = settings.model_copy(update={"resume": False})
-        probe.check_models(settings)
-        probe.run(settings, probe.read_corpus(settings))
+            probing = probing.model_copy(update={"resume": False})
+        probe.check_models(probing)
+        text = probe.read_corpus(probing)
+        probe.run(probing, text)
+        autointerp.run(labelling, text)
         moe_lens.open_run(output).update_manifest(demo=stamp)
     show(output, json=json)
 
@@ -59,21 +61,24 @@ def demo(
 def show(output: Path, *, json: bool) -> None:
     """Print a finished demo from its run directory."""
     import moe_lens
-    from moe_lens.cli import render
+    from moe_lens.autointerp.result import Labels
+    from moe_lens.cli import render, render_labels
     from moe_lens.probing.result import Probes
 
     run = moe_lens.open_run(output)
-    probes = Probes.of(run)
+    probes, labels = Probes.of(run), Labels.of(run)
     if json:
-        render.print_json({"run": str(output), "finding": probes.finding(), "summary": probes.summary()})
+        found = {"run": str(output), "finding": probes.finding(), "summary": probes.summary()}
+        render.print_json({**found, "labels": labels.to_dict()})
         return
     render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
     render.top_experts(run.frame("routing_fields"))
     render.probes(probes)
+    render_labels.labels(labels)
     typer.echo(str(output))
 
 
-def fingerprint(settings: ProbeConfig) -> dict[str, Any]:
+def fingerprint(*settings: RunConfig) -> dict[str, Any]:
     """What decides the demo's numbers: version, settings, and the bundled files by content."""
     bundled = Path(__file__).parent.parent / "bundled"
     files = hashlib.sha256()
@@ -83,7 +88,7 @@ def fingerprint(settings: ProbeConfig) -> dict[str, Any]:
     return {
         "version": __version__,
         "bundled": files.hexdigest(),
-        "settings": settings.model_dump(mode="json", exclude=ignored),
+        "settings": [one.model_dump(mode="json", exclude=ignored) for one in settings],
     }
 
 

@@ -66,9 +66,11 @@ def run(settings: ProbeConfig, text: Corpus) -> Herbst2026:
         asked["k"] = settings.k
     if "seed" in settings.model_fields_set:
         asked["seed"] = settings.seed
-    run = create_run(settings.output, identity_of(lens, text, seed=settings.seed), resume=settings.resume)
+    run = create_run(settings.output, identity_of(lens, text, seed=settings.seed))
+    if not settings.resume:
+        run.drop(NAME, [f"{table}_{NAME}.parquet" for table in ("probe", "sampled", "comparison")])
     request = {**asked, "baseline": settings.baseline}
-    entry = run.manifest["commands"].get(NAME) if settings.resume else None
+    entry = run.manifest["commands"].get(NAME)
     if entry is not None and entry["request"] != request:
         raise BadOutput(f"{run.path} holds a {NAME} run with other settings: give another -o, or --no-resume")
     if entry is not None and entry["state"] == "done":

@@ -46,7 +46,10 @@ Resume = Annotated[
 
 
 _METAVARS = {"output": "DIR", "baseline": "MODEL", "max_memory": "SIZE", "max_tokens": "N", "limit": "N", "seed": "N"}
-_METAVARS |= dict.fromkeys(("draws", "permutations", "splits"), "N")
+_METAVARS |= dict.fromkeys(
+    ("draws", "permutations", "splits", "items", "facets", "max_calls", "concurrency", "reply_tokens"), "N"
+)
+_METAVARS |= {"timeout": "SECONDS", "labels": "FILE"}
 
 
 def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:

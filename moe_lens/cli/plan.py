@@ -123,7 +123,7 @@ def _model_plan(
     check_scorable(tokenized, DOCUMENTS_NEEDED)
     wanted = set(layers or spec.moe_layers or spec.dense_layers)
     chosen = [entry for entry in spec.layers if entry.layer in wanted]
-    tokens = _tokens_by_split(tokenized)
+    tokens = tokens_by_split(tokenized)
     per_layer = [
         layer_bytes(entry, n_classes=len(concepts) + 2, n_rows=tokens["select"], settings=probing, itemsize=itemsize)
         for entry in chosen
@@ -133,7 +133,7 @@ def _model_plan(
     return ModelPlan(
         name=spec.name,
         tokens=tokens,
-        shares=tuple(_shares(chosen, tokens)),
+        shares=tuple(shares_of(chosen, tokens)),
         shortages=tuple(_shortages(tokenized.counts(), share)),
         weight_bytes=spec.total_parameters * itemsize,
         least_bytes=working + max(per_layer),
@@ -141,12 +141,12 @@ def _model_plan(
     )
 
 
-def _tokens_by_split(tokenized: Tokenized) -> dict[str, int]:
+def tokens_by_split(tokenized: Tokenized) -> dict[str, int]:
     code = tokenized.window_split[tokenized.window_of][tokenized.eligible]
     return {split.value: int((code == i).sum()) for i, split in enumerate(Split)}
 
 
-def _shares(chosen: Sequence[LayerSpec], tokens: dict[str, int]) -> list[Share]:
+def shares_of(chosen: Sequence[LayerSpec], tokens: dict[str, int]) -> list[Share]:
     shapes: dict[tuple[int, int], list[int]] = {}
     for entry in chosen:
         shapes.setdefault((entry.n_experts, entry.top_k), []).append(entry.layer)

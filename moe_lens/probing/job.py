@@ -171,7 +171,7 @@ class Job:
         self, name: str, compute: Callable[[], T], read: Callable[[Path], T | None], write: Callable[[Path, T], None]
     ) -> T:
         """Read a finished part back, or compute and store it."""
-        path = self.run.partial / name if self.run is not None else None
+        path = self.run.partial("probe") / name if self.run is not None else None
         if path is not None and (stored := read(path)) is not None:
             return stored
         started = time.perf_counter()

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Probes", "probe"]
 
+_TABLES = ("probe", "comparison", "waterfall", "neurons", "neuron_layers", "concepts")
+_FILES = (*(f"{table}.parquet" for table in _TABLES), "probe.html")
+
 
 def probe(
     lens: Lens,
@@ -121,9 +124,11 @@ def probe(
     check_scorable(job.tokenized(lens, seed), DOCUMENTS_NEEDED)
     run = None
     if out is not None:
-        run = create_run(out, identity_of(lens, corpus, seed=seed), resume=resume)
+        run = create_run(out, identity_of(lens, corpus, seed=seed))
         request = job.request(splits)
-        if (finished := _finished(run, request, resume)) is not None:
+        if not resume:
+            run.drop("probe", _FILES)
+        if (finished := _finished(run, request)) is not None:
             return finished
         run.update_manifest(commands={"probe": {"state": "running", "request": request}})
         job.run = run
@@ -226,13 +231,10 @@ def _concepts(corpus: Corpus, concepts: Sequence[str | Concept] | None) -> list[
     return list(unique.values())
 
 
-def _finished(run: Run, request: dict[str, Any], resume: bool) -> Probes | None:
+def _finished(run: Run, request: dict[str, Any]) -> Probes | None:
     """An identical finished run is read back; a different one is refused."""
     entry = run.manifest["commands"].get("probe")
     if entry is None:
-        return None
-    if not resume:
-        run.clear_partial()
         return None
     before = entry["request"]
     differs = [key for key in request if before.get(key) != request[key]]
@@ -285,7 +287,7 @@ def _finish(run: Run, job: Job, result: Probes, seconds: float) -> None:
             }
         }
     )
-    run.clear_partial()
+    run.clear_partial("probe")
     if job.max_memory is not None and (peak := peak_memory_bytes()) > job.max_memory:
         log.warning(
             "the run held %s and --max-memory is %s: it cuts the layers; model, text and libraries come first",

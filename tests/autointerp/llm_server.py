@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -32,6 +32,11 @@ class Asked:
     def last(self) -> str:
         """Text of the last message."""
         return self.body["messages"][-1]["content"]
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be embedded."""
+        return self.body["input"]
 
     @property
     def structured(self) -> bool:
@@ -124,9 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # head and body are two packets: the second would wait 40 ms for a receipt
 
+    def do_GET(self) -> None:
+        self.do_POST()
+
     def do_POST(self) -> None:
         length = int(self.headers.get("content-length", 0))
-        answer = self.server.owner.answer(self.path, dict(self.headers), json.loads(self.rfile.read(length)))
+        answer = self.server.owner.answer(self.path, dict(self.headers), json.loads(self.rfile.read(length) or b"{}"))
         body = answer.body
         try:
             self.send_response(answer.status)
@@ -143,6 +151,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
+
+
+def vectors(found: Sequence[Sequence[float]], tokens: int = 0) -> Answer:
+    """A reply of embeddings, in the reverse of their order: only the index counts."""
+    data = [{"object": "embedding", "index": i, "embedding": list(one)} for i, one in enumerate(found)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return Answer(raw=json.dumps({"object": "list", "model": "loopback", "data": data[::-1], "usage": usage}))
+
+
+def facets(*labels: str) -> str:
+    """A labeller's reply in facets mode."""
+    return json.dumps({"facets": [{"label": label, "evidence": ["R1"], "confidence": 2} for label in labels]})
 
 
 def answers(scores: Mapping[int, int | None]) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from timing import ratio
+from timing import ROUNDS, ratio, show
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_lens as ml
+from moe_lens.capture.exemplars import TopExemplars
 from moe_lens.capture.moments import ClassMoments
 from moe_lens.capture.rows import RowStore
 from moe_lens.capture.stream import stream
 from moe_lens.capture.tokens import TokenTable
-from moe_lens.corpus.batches import Tokenized, batches
+from moe_lens.corpus.batches import Tokenized, batches, tokenize
 from moe_lens.models.lens import Lens
 from moe_lens.probing.scan import scope_numbers
 from moe_lens.types import Split
@@ -52,12 +55,44 @@ def capture_cost(lens: Lens, tokenized: Tokenized, title: str) -> dict[str, floa
     return found
 
 
+def exemplar_cost(lens: Lens, title: str, *, n_batches: int, rounds: int = ROUNDS) -> float:
+    """Streamed exemplars of all layers, from an empty start, against the same forward passes without LM head."""
+    tokenized = tokenize(ml.corpus("bundled:"), lens.tokenizer, [], limit_tokens=60_000)
+    loader = list(batches(tokenized, split=None, tokens_per_batch=4096))[:n_batches]
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in loader:
+                lens.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def collected() -> None:
+        stream(lens, loader, [TopExemplars(tokenized.splits)], progress=False)
+
+    found, base = ratio(collected, plain, rounds)
+    n = sum(int(batch.attention_mask.sum()) for batch in loader)
+    show(f"exemplars, {title}", [(f"stream / forward, {n} tokens at {n / base:,.0f} a second", f"{found:.3f}", "1.15")])
+    return found
+
+
 def wide_model() -> Lens:
-    """2 layers, H 512, 64 experts, top-8, d_ff 256, random weights, with the bundled tokenizer."""
-    tiny = ml.load("bundled:tiny-moe")
+    """2 layers, H 512, 64 experts, top-8, d_ff 256."""
+    return _random_olmoe(hidden_size=512, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8)
+
+
+def true_width_layer() -> Lens:
+    """One layer of OLMoE-1B-7B: H 2048, 64 experts, top-8, d_ff 1024, bfloat16."""
+    return _random_olmoe(
+        hidden_size=2048, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=16, dtype=torch.bfloat16
+    )
+
+
+def _random_olmoe(*, dtype: torch.dtype = torch.float32, num_attention_heads: int, **size: Any) -> Lens:
+    """Random weights, with the bundled tokenizer."""
+    tokenizer = ml.load("bundled:tiny-moe").tokenizer
     config = OlmoeConfig(
-        vocab_size=len(tiny.tokenizer), hidden_size=512, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, pad_token_id=1,
+        vocab_size=len(tokenizer), num_attention_heads=num_attention_heads, num_key_value_heads=num_attention_heads,
+        num_experts=64, num_experts_per_tok=8, pad_token_id=1, **size,
     )  # fmt: skip
     torch.manual_seed(0)
-    return Lens(OlmoeForCausalLM(config).eval(), tiny.tokenizer, name="random-olmoe")
+    model: Any = OlmoeForCausalLM(config)
+    return Lens(model.to(dtype).eval(), tokenizer, name="random-olmoe")

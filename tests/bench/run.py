@@ -8,7 +8,8 @@ import sys
 import warnings
 
 import torch
-from capturing import capture_cost, wide_model
+from capturing import capture_cost, exemplar_cost, true_width_layer, wide_model
+from labelling import labelling_cost
 from probing import probing_cost
 from sklearn.exceptions import ConvergenceWarning
 from timing import seconds
@@ -42,6 +43,11 @@ def main() -> None:
     }
     fifty_eight = tokenize(corpus, lens.tokenizer, concepts_for(corpus, None)[:58], limit_tokens=60_000)
     results["wide"] = capture_cost(wide_model(), fifty_eight, "2-layer OLMoE, H 512, 64 experts, top-8, d_ff 256")
+    results["exemplars"] = {
+        "bundled": exemplar_cost(lens, "bundled:tiny-moe", n_batches=16),
+        "true width": exemplar_cost(true_width_layer(), "one layer of OLMoE-1B-7B, bfloat16", n_batches=1, rounds=3),
+    }
+    results["labelling"] = labelling_cost(lens, corpus)
     results["probing"] = probing_cost(lens, tokenized)
     print(json.dumps(results))
 

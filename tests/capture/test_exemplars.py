@@ -233,6 +233,14 @@ def test_the_direction_times_the_score_is_what_the_visit_wrote():
     assert kept.visits(0, "validate").direction.shape[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(700, 2048), (3, 200_000), (0, 8)])
+def test_norms_taken_in_pieces_are_those_taken_at_once(shape, dtype):
+    output = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    at_once = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+    assert torch.equal(exemplars._norms(output), at_once)
+
+
 def test_memory_stays_below_what_the_docstring_says_however_long_the_stream():
     def held(kept: TopExemplars) -> int:
         pools = [getattr(p, n).nbytes for pool in kept._pools.values() for p in pool.parts for n in exemplars._VISIT]

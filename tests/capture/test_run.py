@@ -34,7 +34,22 @@ def test_the_same_identity_is_reopened_and_another_is_refused(tmp_path):
     with pytest.raises(BadOutput, match="--resume"):
         create_run(tmp_path, {**IDENTITY, "seed": 1})
     assert open_run(tmp_path).has("probe")
-    assert not create_run(tmp_path, IDENTITY, resume=False).has("probe")
+
+
+def test_dropping_a_command_leaves_the_others_alone(tmp_path):
+    run = create_run(tmp_path, IDENTITY)
+    for command in ("probe", "autointerp"):
+        run.write(command, pd.DataFrame({"a": [1]}))
+        run.partial(command).mkdir(parents=True)
+        run.update_manifest(commands={command: {"state": "done"}})
+    run.drop("probe", ["probe.parquet", "probe.html"])
+    assert not run.has("probe")
+    assert run.has("autointerp")
+    assert list(run.manifest["commands"]) == ["autointerp"]
+    assert not run.partial("probe").exists()
+    assert run.partial("autointerp").exists()
+    run.drop("autointerp", [])
+    assert not (tmp_path / ".partial").exists()
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):

@@ -47,10 +47,12 @@ def test_no_command_shows_the_help(cli: Cli) -> None:
 
 def test_only_commands_that_exist_are_listed(cli: Cli) -> None:
     listed = cli("--help").out.split("Commands:")[1]
-    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ")][:5] == [
+    assert [line.split()[0] for line in listed.splitlines() if line.startswith("  ")][:7] == [
         "inspect",
         "doctor",
         "probe",
+        "autointerp",
+        "show",
         "demo",
         "ls",
     ]
@@ -61,7 +63,7 @@ def test_only_commands_that_exist_are_listed(cli: Cli) -> None:
     ("words", "message"),
     [
         (("prob",), "no command 'prob', did you mean 'probe'?"),
-        (("xyz",), "no command 'xyz': there are inspect, doctor, probe, demo, ls"),
+        (("xyz",), "no command 'xyz': there are inspect, doctor, probe, autointerp, show, demo, ls"),
         (("probe", "--cncepts", "a"), "no option --cncepts"),
         (("inspect",), "missing argument 'MODEL'; see moe-lens inspect --help"),
         (("ls", "a", "b"), "see moe-lens ls --help"),

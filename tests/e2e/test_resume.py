@@ -33,7 +33,7 @@ Finished = dict[str, dict[str, int]]
 
 def finished_parts(run: Path) -> Finished:
     """Files of every finished part by name, with their modification times."""
-    files = {p.name: p.stat().st_mtime_ns for p in (run / ".partial").glob("*") if p.suffix != ".tmp"}
+    files = {p.name: p.stat().st_mtime_ns for p in (run / ".partial" / "probe").glob("*") if p.suffix != ".tmp"}
     return {
         part: {name: at for name, at in files.items() if name.startswith(f"{part}.")}
         for part, last in PARTS.items()

@@ -54,7 +54,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_code_prompts_models_and_text_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("explain.md", "detection.md", "fuzz.md", "trigger.md"):
+    for name in ("explain.md", "facets.md", "detection.md", "fuzz.md", "trigger.md"):
         assert f"moe_lens/prompts/{name}" in names
     for model in ("tiny-moe", "tiny-dense"):
         assert {
@@ -74,7 +74,7 @@ def test_the_environment_imports_moe_lens_from_the_wheel(installed: Path) -> Non
     file, prompts, names = done.stdout.splitlines()
     assert Path(file).is_relative_to(installed / "env")
     assert Path(prompts).is_relative_to(installed / "env")
-    assert names.split() == ["detection.md", "explain.md", "fuzz.md", "trigger.md"]
+    assert names.split() == ["detection.md", "explain.md", "facets.md", "fuzz.md", "trigger.md"]
 
 
 def test_the_demo_runs_from_the_wheel_and_is_shown_again_from_disk(installed: Path) -> None:

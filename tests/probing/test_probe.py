@@ -100,7 +100,7 @@ def test_the_run_directory_tells_what_was_done(result):
         "routing_fields",
         "coactivation",
     } <= set(result.run.tables())
-    assert not result.run.partial.exists()
+    assert not result.run.partial("probe").exists()
 
 
 def test_routing_counts_every_eligible_token_once(result, corpus):

@@ -1,0 +1,362 @@
+"""``moe_lens.autointerp``: a label for every expert, and scores that say what each label is worth.
+
+    labels = ml.autointerp(lens, ml.corpus("bundled:"), labeller="lexical", out="runs/a")
+    labels.frame, labels.finding(), labels["L2.E7"]
+
+1. One pass keeps exemplars of every expert, and the routing of sampled windows.
+2. The labeller reads exemplars of the select documents.
+3. Scorers judge tokens of the validate documents that the labeller has not seen (METRICS 1.6).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moe_lens.autointerp.captured import (
+    STATE,
+    Captured,
+    CaptureSettings,
+    capture_exemplars,
+    captured_of,
+    chosen_experts,
+    same_settings,
+)
+from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, read_name, served_model
+from moe_lens.autointerp.labels import label_frame, read_labels
+from moe_lens.autointerp.result import Labels
+from moe_lens.autointerp.score import Scoring, score_labels
+from moe_lens.autointerp.tables import add_rows
+from moe_lens.autointerp.transport import URL_VARIABLE, api_key, server_url
+from moe_lens.capture.run import Run, create_run, identity_of, peak_memory_bytes
+from moe_lens.errors import BadConfig
+
+if TYPE_CHECKING:
+    from moe_lens.corpus.text import Corpus
+    from moe_lens.models.lens import Lens
+    from moe_lens.types import ExpertAddress
+
+REPLIES = "replies.sqlite"
+"""File of the run directory with every reply of a language model; it outlives ``--no-resume``."""
+_TABLES = ("exemplars", "logit_lens", "labels", "label_answers", "label_scores", "label_summary")
+_FILES = (*(f"{table}.parquet" for table in _TABLES), STATE)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who labels and who scores, settled before any work."""
+
+    labeller: Name | None
+    """None where labels are given."""
+    given: pd.DataFrame | None
+    scorers: tuple[Name, ...]
+    base_url: str | None
+
+    @property
+    def name(self) -> str:
+        """What stands in the column `labeller`."""
+        if self.given is None:
+            return str(self.labeller)
+        return str(self.given["labeller"].iloc[0])
+
+
+def autointerp(
+    source: Lens | Run,
+    corpus: Corpus | None = None,
+    *,
+    labeller: str | None = None,
+    labels: str | Path | pd.DataFrame | None = None,
+    scorer: str | Sequence[str] | None = None,
+    base_url: str | None = None,
+    layers: Sequence[int] | None = None,
+    experts: Sequence[str | ExpertAddress] | None = None,
+    facets: int = 0,
+    items: int = 20,
+    fuzz: bool = True,
+    control: bool = True,
+    max_calls: int | None = None,
+    concurrency: int = 16,
+    timeout: float = 60,
+    reply_tokens: int | None = None,
+    max_length: int = 256,
+    max_tokens: int | None = None,
+    document_tokens: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> Labels:
+    """Label experts, and score the labels on tokens that the labeller has not seen (METRICS 1.6).
+
+    Args:
+        source: a model, or a run directory that holds exemplars; then no model is loaded.
+        corpus: the text; may be left out for a run on the bundled text.
+        labeller: ``openai:MODEL``, ``gguf:FILE`` or ``lexical``. By default the first model that `base_url` serves,
+            ``lexical`` without one.
+        labels: a CSV file or a table with ``layer, expert, label[, rule]`` to score instead of a labeller's.
+        scorer: one or several of ``openai:MODEL``, ``gguf:FILE``, ``embedding:MODEL``, ``rule``. By default the
+            labeller's own model, and the rules of labels that have one.
+        base_url: address of an OpenAI-compatible server. The key comes from ``OPENAI_API_KEY``.
+        layers, experts: those to label, all by default. Exemplars are kept for all experts of `layers`.
+        facets: ask for up to this many facets per expert instead of one label.
+        items: tokens of each kind per expert that a language model judges. Rules judge all.
+        fuzz: language models also judge positives with a moved mark.
+        control: language models also judge the label of another expert of the layer (the shuffled control).
+        max_calls: calls to servers at most; what is left then is ``not_run`` and ``budget``.
+        reply_tokens: longest reply to ask for.
+        max_length, max_tokens, document_tokens, batch_size, seed: as in ``moe_lens.probe``.
+        out: run directory; a killed run in it repeats no call and no saved batch.
+
+    Raises:
+        BadConfig, BadOutput, OutOfRange, BadCorpus: see each message for the fix.
+
+    A good score shows that the label predicts which tokens are routed to the expert. It does not show what the
+    expert does with them; that takes an ablation.
+    """
+    started = time.perf_counter()
+    spec = None if isinstance(source, Run) else source.spec
+    if isinstance(labels, str | Path):
+        labels = read_labels(labels, spec)
+    asked = settle(labeller, labels, scorer, base_url, facets=facets)
+    check_servers(asked)
+    run, captured = _captured(
+        source,
+        corpus,
+        layers=layers,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        document_tokens=document_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        out=out,
+        resume=resume,
+        progress=progress,
+    )
+    chosen = chosen_experts(captured, _addresses(experts), layers)
+    scoring = Scoring(items=items, fuzz=fuzz, control=control, seed=seed)
+    request = {"experts": sorted(map(list, chosen)), "facets": facets, "scorers": list(map(str, asked.scorers))}
+    request |= scoring.to_dict() | ({"labels": _digest(asked.given)} if asked.given is not None else {})
+    if run is not None and resume and _finished(run, asked.name) == request:
+        return Labels.of(run, labeller=asked.name)
+    cache = None if run is None else run.path / REPLIES
+    with Clients(
+        base_url=asked.base_url,
+        cache=cache,
+        max_calls=max_calls,
+        reply_tokens=reply_tokens,
+        concurrency=concurrency,
+        timeout=timeout,
+    ) as clients:
+        found = _labels(captured, asked, clients, chosen, facets=facets, seed=seed, progress=progress)
+        if run is not None:
+            add_rows(run, "labels", found, ("labeller",))
+        scored = score_labels(captured, found, asked.scorers, clients, scoring, progress=progress)
+        outcomes, spent = clients.outcomes, clients.spent
+    result = Labels(
+        labels=found,
+        scores=scored.frame,
+        summary=scored.summary,
+        answers=scored.answers,
+        exemplars=captured.exemplars,
+        outcomes=outcomes,
+        run=run,
+    )
+    if run is not None:
+        seconds = round(time.perf_counter() - started, 2)
+        _finish(run, result, asked.name, {"request": request, "outcomes": outcomes, **spent, "seconds": seconds})
+    return result
+
+
+def settle(
+    labeller: str | None,
+    labels: pd.DataFrame | None,
+    scorer: str | Sequence[str] | None,
+    base_url: str | None,
+    *,
+    facets: int = 0,
+) -> Asked:
+    """Who labels and who scores.
+
+    Raises:
+        BadConfig: a name that cannot be read, labels beside a labeller, facets of a labeller that has none, or
+            labels that nothing could score.
+    """
+    url = base_url or os.environ.get(URL_VARIABLE) or None
+    if labels is not None and labeller is not None:
+        raise BadConfig("--labels and --labeller exclude each other: give the labels or somebody to write them")
+    name = None
+    if labels is None:
+        found = labeller or (f"openai:{served_model(url)}" if url else LEXICAL)
+        name = read_name(found, option="--labeller", without_model=LEXICAL)
+        if facets and name.kind == LEXICAL:
+            raise BadConfig("--facets needs a language model: give --labeller openai:MODEL, or leave it out")
+    else:
+        labels = label_frame(labels.to_dict("records"))
+        if not len(labels):
+            raise BadConfig("there is no label to score: give a table with a row for each")
+    texts = [scorer] if isinstance(scorer, str) else list(scorer or [])
+    scorers = [read_name(text, option="--scorer", without_model=RULE) for text in texts]
+    if not scorers:
+        scorers = [] if name is None or name.kind == LEXICAL else [name]
+        if labels is None or labels["rule"].notna().any():
+            scorers.append(Name(RULE))
+    if not scorers:
+        raise BadConfig("none of these labels has a rule: give --scorer openai:MODEL to judge them, or add rules")
+    for kinds, what in ((("openai", "gguf"), "chat model"), (("embedding",), "embeddings model")):
+        if sum(one.kind in kinds for one in dict.fromkeys(scorers)) > 1:
+            raise BadConfig(f"--scorer names more than one {what}: give one at a time, each with an -o of its own")
+    return Asked(name, labels, tuple(dict.fromkeys(scorers)), url)
+
+
+def check_servers(asked: Asked) -> None:
+    """Complain about a key that is missing or impossible, or a file that cannot be served; nobody is called.
+
+    Raises:
+        BadConfig: see the message.
+    """
+    names = {name for name in (asked.labeller, *asked.scorers) if name is not None}
+    if any(name.kind in ("openai", "embedding") for name in names):
+        api_key(server_url(asked.base_url))
+    for name in names:
+        if name.kind == "gguf":
+            from moe_lens.autointerp.local import check_gguf
+
+            check_gguf(Path(name.model))
+
+
+def _captured(
+    source: Lens | Run,
+    corpus: Corpus | None,
+    *,
+    layers: Sequence[int] | None,
+    batch_size: int | None,
+    out: str | Path | None,
+    resume: bool,
+    progress: bool,
+    **settings: Any,
+) -> tuple[Run | None, Captured]:
+    if isinstance(source, Run):
+        if out is not None and Path(out) != source.path:
+            raise BadConfig(f"labels of {source.path} are written into it: leave out= away, or give a model")
+        return source, captured_of(source, corpus or _text_of(source), _tokenizer_of(source))
+    if corpus is None:
+        raise BadConfig("no text was given: pass a corpus, such as ml.corpus('bundled:')")
+    if source.spec.max_positions:
+        settings["max_length"] = min(settings["max_length"], source.spec.max_positions)
+    moe = [layer for layer in source.check_layers(layers) if layer in source.spec.moe_layers]
+    wanted = CaptureSettings(tuple(moe), **settings)
+    run = None
+    if out is not None:
+        run = create_run(out, identity_of(source, corpus, seed=wanted.seed))
+        if not resume:
+            run.drop("autointerp", _FILES)
+        elif same_settings(run, wanted):
+            return run, captured_of(run, corpus, source.tokenizer)
+        entry = run.manifest["commands"].get("autointerp", {})
+        run.update_manifest(commands={"autointerp": entry | {"state": "running"}})
+    batch_tokens = 4096 if batch_size is None else batch_size * wanted.max_length
+    return run, capture_exemplars(source, corpus, wanted, batch_tokens=batch_tokens, run=run, progress=progress)
+
+
+def _text_of(run: Run) -> Corpus:
+    from moe_lens.corpus.text import BUNDLED
+    from moe_lens.corpus.text import corpus as read_corpus
+
+    if run.manifest["corpus"]["id"] != BUNDLED:
+        raise BadConfig(f"{run.path} was made from {run.manifest['corpus']['id']}: pass that text as corpus=")
+    return read_corpus(BUNDLED)
+
+
+def _tokenizer_of(run: Run) -> Any:
+    from moe_lens.models import source
+
+    model = run.manifest["model"]
+    return source.read_tokenizer(source.resolve(model["name"]), source.Options(model["revision"], False, False))
+
+
+def _addresses(experts: Sequence[str | ExpertAddress] | None) -> list[tuple[int, int]] | None:
+    from moe_lens.types import ExpertAddress
+
+    if experts is None:
+        return None
+    found = [ExpertAddress.parse(text) for text in experts]
+    return [(at.layer, at.expert) for at in found]
+
+
+def _labels(
+    captured: Captured,
+    asked: Asked,
+    clients: Clients,
+    chosen: list[tuple[int, int]],
+    *,
+    facets: int,
+    seed: int,
+    progress: bool,
+) -> pd.DataFrame:
+    """Labels of the chosen experts."""
+    if asked.given is not None:
+        places = zip(asked.given["layer"], asked.given["expert"], strict=True)
+        found = asked.given[[at in set(chosen) for at in places]].reset_index(drop=True)
+        if not len(found):
+            raise BadConfig("none of the labels is for an expert that was chosen: correct --labels, or --experts")
+        return found
+    assert asked.labeller is not None
+    if asked.labeller.kind == LEXICAL:
+        from moe_lens.autointerp.lexical import lexical_labels
+
+        return lexical_labels(
+            captured.kept,
+            captured.tokenized,
+            captured.tokenizer,
+            captured.exemplars,
+            captured.logit_lens,
+            layers=sorted({layer for layer, _ in chosen}),
+            experts=chosen,
+            seed=seed,
+            progress=progress,
+        )
+    from moe_lens.autointerp.explain import explain
+
+    return explain(
+        clients.of(asked.labeller),
+        captured.exemplars,
+        captured.logit_lens,
+        experts=chosen,
+        corpus_name=captured.tokenized.corpus.name,
+        facets=facets,
+        labeller=str(asked.labeller),
+        progress=progress,
+    )
+
+
+def _digest(labels: pd.DataFrame | None) -> str:
+    from moe_lens.capture.run import digest
+
+    return "" if labels is None else digest(labels[["layer", "expert", "facet", "label", "rule"]].to_dict("records"))
+
+
+def _finished(run: Run, labeller: str) -> dict[str, Any] | None:
+    """Request of the finished labels of this labeller in `run`, None if they are not complete."""
+    entry = run.manifest["commands"].get("autointerp", {})
+    found = entry.get("labellers", {}).get(labeller)
+    if not found or not run.has("label_scores"):
+        return None
+    unpaid = {"failed", "budget"} & {name for name, n in found["outcomes"].items() if n}
+    return None if unpaid else found["request"]
+
+
+def _finish(run: Run, result: Labels, labeller: str, entry: dict[str, Any]) -> None:
+    add_rows(run, "label_answers", result.answers.assign(labeller=labeller), ("labeller",))
+    add_rows(run, "label_scores", result.scores, ("labeller",))
+    add_rows(run, "label_summary", result.summary, ("labeller",))
+    before = run.manifest["commands"].get("autointerp", {})
+    labellers = before.get("labellers", {}) | {labeller: entry}
+    done = {"state": "done", "labellers": labellers, "peak_memory": peak_memory_bytes()}
+    run.update_manifest(commands={"autointerp": before | done})

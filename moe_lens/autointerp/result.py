@@ -1,0 +1,173 @@
+"""``Labels``: the frozen result of labelling and scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moe_lens.autointerp.labels import KEY, usable
+from moe_lens.errors import BadOutput, OutOfRange
+from moe_lens.types import ExpertAddress
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from moe_lens.capture.card import ExpertCard
+    from moe_lens.capture.run import Run
+
+HEADLINE = "same_token"
+"""Negatives of the headline: the token id of a positive, not routed."""
+_SCORERS = ("detection", "rule", "embedding", "fuzz")
+"""In the order in which the headline looks for one."""
+
+
+@dataclass(frozen=True, repr=False)
+class Labels:
+    """Labels of experts and their scores.
+
+    ``labels`` is labels.parquet, ``scores`` label_scores.parquet, ``summary`` the means over experts, ``answers``
+    what was answered about each item, ``exemplars`` the tokens, ``outcomes`` requests to language models by how they
+    ended, ``run`` the directory they were written to, if any.
+    """
+
+    labels: pd.DataFrame
+    scores: pd.DataFrame
+    summary: pd.DataFrame
+    answers: pd.DataFrame
+    exemplars: pd.DataFrame
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    run: Run | None = None
+
+    @classmethod
+    def of(cls, run: Run, *, labeller: str | None = None) -> Labels:
+        """Read labels back from a run directory.
+
+        Args:
+            labeller: whose, where there are those of several; the last that was written by default.
+
+        Raises:
+            BadOutput: the run holds no labels, or none of `labeller`.
+        """
+        if not run.has("label_scores"):
+            raise BadOutput(f"{run.path} holds no scored labels: run moe-lens autointerp -o {run.path} first")
+        tables = {name: run.frame(name) for name in ("labels", "label_scores", "label_summary", "label_answers")}
+        known = list(dict.fromkeys(tables["labels"]["labeller"]))
+        labeller = labeller or known[-1]
+        if labeller not in known:
+            raise BadOutput(f"{run.path} holds no labels of {labeller!r}: it has those of {', '.join(known)}")
+        labels, scores, summary, answers = (
+            table[table["labeller"] == labeller].reset_index(drop=True) for table in tables.values()
+        )
+        entry = run.manifest["commands"].get("autointerp", {}).get("labellers", {}).get(labeller, {})
+        return cls(labels, scores, summary, answers, run.frame("exemplars"), entry.get("outcomes", {}), run)
+
+    @property
+    def labeller(self) -> str:
+        return str(self.labels["labeller"].iloc[0])
+
+    @property
+    def scorer(self) -> str | None:
+        """The scorer that the headline is of, None if nothing was judged."""
+        return next((name for name in _SCORERS if (self.scores["scorer"] == name).any()), None)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row per label, with its headline score: AUROC against the same token id, not routed."""
+        columns = ["auroc", "ci_low", "ci_high", "unigram", "bigram", "margin_bigram", "n_abstain"]
+        chosen = self._headline(self.scores)[[*KEY, *columns]]
+        table = self.labels.merge(chosen, how="left", on=list(KEY))
+        table.insert(0, "address", [f"L{a}.E{b}" for a, b in zip(table["layer"], table["expert"], strict=True)])
+        return table
+
+    def _headline(self, table: pd.DataFrame, *, control: str = "none") -> pd.DataFrame:
+        at = (table["scorer"] == self.scorer) & (table["negatives"] == HEADLINE) & (table["control"] == control)
+        return table[at]
+
+    def __getitem__(self, address: str | ExpertAddress) -> ExpertCard:
+        """Everything the run says about one expert.
+
+        Raises:
+            OutOfRange: an expert without exemplars.
+            BadOutput: the labels were not written to a run directory.
+        """
+        if self.run is None:
+            raise BadOutput("cards are read from a run directory: pass out= to ml.autointerp")
+        return self.run.card(ExpertAddress.parse(address))
+
+    def label(self, address: str | ExpertAddress) -> str | None:
+        """The label of one expert (facets joined by ``;``), None without one.
+
+        Raises:
+            OutOfRange: the expert was not labelled.
+        """
+        at = ExpertAddress.parse(address)
+        rows = self.labels[(self.labels["layer"] == at.layer) & (self.labels["expert"] == at.expert)]
+        if not len(rows):
+            raise OutOfRange(f"{at} was not labelled: choose from labels.frame.address")
+        return "; ".join(usable(rows)["label"]) or None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Labels by status."""
+        return {str(name): int(n) for name, n in self.labels["status"].value_counts().items()}
+
+    @property
+    def same_model(self) -> bool:
+        """Whether one language model wrote labels and judged them."""
+        return bool(self.scores["same_model"].any())
+
+    def finding(self) -> str:
+        """What the labels are worth, in plain English, beside what would have produced the same number."""
+        n, ok = len(self.labels), len(usable(self.labels))
+        noun = "facets" if (self.labels["facet"] > 0).any() else "experts"
+        said = [f"{ok} of {n} {noun} have a label ({self.labeller})."]
+        mean: Any = next(self._headline(self.summary).itertuples(), None)
+        if mean is None or pd.isna(mean.auroc):
+            return f"{said[0]} No label could be scored: too few tokens or documents, or no answer could be used."
+        shuffled: Any = next(self._headline(self.summary, control="shuffled").itertuples(), None)
+        other = "" if shuffled is None or pd.isna(shuffled.auroc) else f", another expert's label {shuffled.auroc:.3f}"
+        said.append(
+            f"On tokens of the same id that were not routed, {mean.scorer} gives them AUROC {mean.auroc:.3f} "
+            f"[{mean.ci_low:.3f}, {mean.ci_high:.3f}], mean over {int(mean.n_experts)} (a table of token pairs "
+            f"{mean.bigram:.3f}, of tokens {mean.unigram:.3f}{other})."
+        )
+        said.append(f"{int(mean.n_above_bigram)} of {int(mean.n_experts)} predict routing better than the pair table.")
+        if self.same_model:
+            said.append("The labels were judged by the model that wrote them, which favours them.")
+        return " ".join(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        means = self.summary.to_dict("records")
+        return {
+            "run": str(self.run.path) if self.run else None,
+            "labeller": self.labeller,
+            "finding": self.finding(),
+            "labels_by_status": self.counts,
+            "requests_by_outcome": {name: n for name, n in self.outcomes.items() if n},
+            "same_model": self.same_model,
+            "summary": means,
+            "labels": self.frame[["address", "facet", "label", "rule", "status", "auroc", "ci_low", "ci_high"]].to_dict(
+                "records"
+            ),
+        }
+
+    def plot(self) -> go.Figure:
+        """One dot per label: its headline AUROC against that of the table of token pairs, by layer."""
+        from moe_lens.autointerp.figure import against_bigram
+
+        return against_bigram(self.frame)
+
+    def __repr__(self) -> str:
+        return f"Labels({len(self.labels)} of {self.labeller})\n{self.finding()}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        columns = ["address", "label", "status", "auroc", "ci_low", "ci_high", "bigram"]
+        best = self.frame.sort_values("auroc", ascending=False, na_position="last")[columns].head(20)
+        table = best.to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0, na_rep="-")
+        return f"<p>{escape(self.finding())}</p>{table}"

@@ -1,0 +1,91 @@
+"""Labels of people and other tools: what a CSV may hold, and what it is refused for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import moe_lens as ml
+from moe_lens.autointerp.labels import LABEL_COLUMNS, label_frame, read_labels, usable
+from moe_lens.errors import BadConfig, MoELensError, OutOfRange
+
+GOOD = 'layer,expert,label,rule\n1,3,"closing brackets","[)\\]}]+"\nL0,E2, digits ,\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_csv_is_read_with_its_rules(tmp_path: Path) -> None:
+    labels = read_labels(written(tmp_path, GOOD))
+    assert list(labels.columns) == list(LABEL_COLUMNS)
+    assert labels[["layer", "expert", "label", "rule"]].values.tolist() == [
+        [0, 2, "digits", None],
+        [1, 3, "closing brackets", "[)\\]}]+"],
+    ]
+    assert set(labels["labeller"]) == {"file:mine.csv"}
+    assert set(labels["status"]) == {"ok"}
+    assert set(labels["facet"]) == {0}
+
+
+def test_labels_survive_a_round_trip_through_csv(tmp_path: Path) -> None:
+    first = read_labels(written(tmp_path, GOOD))
+    first[["layer", "expert", "label", "rule"]].to_csv(tmp_path / "mine.csv", index=False)
+    pd.testing.assert_frame_equal(read_labels(tmp_path / "mine.csv"), first)
+
+
+def test_facets_of_one_expert_are_numbered(tmp_path: Path) -> None:
+    labels = read_labels(written(tmp_path, "layer,expert,facet,label\n1,3,2,b\n1,3,1,a\n"))
+    assert labels["label"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("layer,expert\n1,2\n", "has no column 'label'"),
+        ("layer,expert,label\n1,2,\n", r"row 2: the label of L1.E2 is empty"),
+        ("layer,expert,label\n1,2,a\n1,2,b\n", r"two labels for L1.E2"),
+        ("layer,expert,label\n1,x,a\n", "cannot read 'x' as a number"),
+        ("layer,expert,label,rule\n1,2,a,(\n", r"row 2: its rule: bad regular expression"),
+        ("layer,expert,label\n", "holds no label"),
+        ("", "is not a CSV file"),
+        ('layer,expert,label\n1,2,"a\n', "is not a CSV file"),
+    ],
+)
+def test_a_bad_csv_is_refused_in_one_sentence(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(MoELensError, match=says) as caught:
+        read_labels(written(tmp_path, text))
+    assert caught.value.exit_code == 2
+    assert "mine.csv" in str(caught.value) or "L1.E2" in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="cannot read the labels"):
+        read_labels(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(("place", "says"), [("9,0", "no MoE layer 9"), ("1,16", "no expert 16: give 0 to 15")])
+def test_experts_that_the_model_does_not_have_are_refused(tmp_path: Path, place: str, says: str) -> None:
+    spec = ml.inspect("bundled:tiny-moe")
+    with pytest.raises(OutOfRange, match=says):
+        read_labels(written(tmp_path, f"layer,expert,label\n{place},a\n"), spec)
+
+
+def test_only_rows_with_a_label_are_usable() -> None:
+    rows = [
+        {"layer": 0, "expert": 1, "label": "digits"},
+        {"layer": 0, "expert": 0, "status": "abstained", "why": "nothing found"},
+    ]
+    frame = label_frame(rows)
+    assert frame["expert"].tolist() == [0, 1]
+    assert usable(frame)["label"].tolist() == ["digits"]
+    assert frame["label"].tolist() == [None, "digits"]
+    assert frame["confidence"].isna().all()
+
+
+def test_a_table_without_rows_has_all_columns() -> None:
+    assert list(label_frame([]).columns) == list(LABEL_COLUMNS)
