@@ -43,13 +43,18 @@ def label_frame(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
     empty |= {"label": None, "rule": None, "facet": 0, "n_exemplars": 0, "confidence": None, "status": str(Status.OK)}
     filled = [{**empty, "evidence": [], **row} for row in rows]
     frame = pd.DataFrame(filled, columns=list(LABEL_COLUMNS)).astype(_WHOLE)
-    for name in ("label", "rule"):
-        frame[name] = frame[name].astype(object).where(frame[name].notna(), None)
+    frame = with_none(frame)
     twice = frame[frame.duplicated(list(KEY))]
     if len(twice):
         at = ExpertAddress(int(twice["layer"].iloc[0]), int(twice["expert"].iloc[0]))
         raise BadConfig(f"there are two labels for {at}: keep one, or number them in a column facet (1, 2, ...)")
     return frame.sort_values(list(KEY), ignore_index=True)
+
+
+def with_none(labels: pd.DataFrame) -> pd.DataFrame:
+    """`labels` with None where there is no label or rule; a parquet file gives NaN back."""
+    texts = {name: labels[name].astype(object).where(labels[name].notna(), None) for name in ("label", "rule")}
+    return labels.assign(**texts)
 
 
 def usable(labels: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from moe_lens.autointerp.labels import KEY, usable
+from moe_lens.autointerp.labels import KEY, usable, with_none
 from moe_lens.errors import BadOutput, OutOfRange
 from moe_lens.types import ExpertAddress
 
@@ -62,7 +62,7 @@ class Labels:
             table[table["labeller"] == labeller].reset_index(drop=True) for table in tables.values()
         )
         entry = run.manifest["commands"].get("autointerp", {}).get("labellers", {}).get(labeller, {})
-        return cls(labels, scores, summary, answers, run.frame("exemplars"), entry.get("outcomes", {}), run)
+        return cls(with_none(labels), scores, summary, answers, run.frame("exemplars"), entry.get("outcomes", {}), run)
 
     @property
     def labeller(self) -> str:

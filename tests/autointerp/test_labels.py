@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import moe_lens as ml
-from moe_lens.autointerp.labels import LABEL_COLUMNS, label_frame, read_labels, usable
+from moe_lens.autointerp.labels import LABEL_COLUMNS, label_frame, read_labels, usable, with_none
 from moe_lens.errors import BadConfig, MoELensError, OutOfRange
 
 GOOD = 'layer,expert,label,rule\n1,3,"closing brackets","[)\\]}]+"\nL0,E2, digits ,\n'
@@ -85,6 +85,14 @@ def test_only_rows_with_a_label_are_usable() -> None:
     assert usable(frame)["label"].tolist() == ["digits"]
     assert frame["label"].tolist() == [None, "digits"]
     assert frame["confidence"].isna().all()
+
+
+def test_what_is_missing_is_none_after_a_round_trip_through_parquet(tmp_path: Path) -> None:
+    frame = label_frame([{"layer": 0, "expert": 0, "label": "a"}, {"layer": 0, "expert": 1, "status": "abstained"}])
+    frame.to_parquet(tmp_path / "labels.parquet")
+    again = with_none(pd.read_parquet(tmp_path / "labels.parquet"))
+    assert again["label"].tolist() == ["a", None]
+    assert again["rule"].tolist() == [None, None]
 
 
 def test_a_table_without_rows_has_all_columns() -> None:
