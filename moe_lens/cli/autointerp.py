@@ -18,17 +18,27 @@ if TYPE_CHECKING:
     from moe_lens.models.spec import Spec
 
 
+Published = Annotated[
+    Path | None,
+    typer.Option("--from-published", metavar="FILE", help="released labels and judgements to check instead"),
+]
+
+
 @options_of(AutointerpConfig)
 def autointerp(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="predict calls and tokens, and stop")] = False,
+    from_published: Published = None,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Label what each expert is sent, and score the labels on tokens that the labeller has not seen."""
-    from moe_lens.cli import render, render_labels
+    from moe_lens.cli import published_labels, render, render_labels
 
+    if from_published is not None:
+        published_labels.show(from_published, {"config": config, "dry_run": dry_run, **flags}, json=json)
+        return
     settings = AutointerpConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
     if not dry_run:
         settings = settings.with_output()

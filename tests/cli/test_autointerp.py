@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.autointerp.llm_server import KEY, Answer, Asked, LLMServer, answers, explanation, facets
+from tests.autointerp.published_files import FULL, write_summary
 from tests.cli.conftest import Cli, contents, leftovers
 
 LIST = '{"object": "list", "data": [{"id": "loop-1", "object": "model", "created": 0, "owned_by": "me"}]}'
@@ -197,6 +198,18 @@ def test_show_prints_what_the_run_says_about_one_expert(cli: Cli, words: tuple[o
     assert outcome.code == 0, outcome.err
     assert "[[" in outcome.out
     assert outcome.last_line == "runs/a"
+
+
+def test_released_labels_are_shown_with_their_controls(cli: Cli, tmp_path: Path) -> None:
+    file = write_summary(tmp_path, {"Small-MoE_L9": FULL})
+    outcome = cli("autointerp", "--from-published", file)
+    assert outcome.code == 0, outcome.err
+    assert "always says yes" in outcome.out
+    found = json.loads(cli("autointerp", "--from-published", file, "--json").out)
+    assert len(found["labels"]) == sum(row["n_experts"] + row["n_abstained"] for row in found["layers"])
+    refused = cli("autointerp", "--from-published", file, "--labeller", "lexical")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert cli("autointerp", "--from-published", "none.json").code == 2
 
 
 @pytest.mark.parametrize(
