@@ -48,11 +48,12 @@ def against_bigram(frame: pd.DataFrame) -> go.Figure:
             marker={"color": _HUES[i % len(_HUES)], "symbol": _SYMBOLS[i // len(_HUES) % len(_SYMBOLS)], "size": 9,
                     "line": {"color": "#FFFFFF", "width": 1}},
         )  # fmt: skip
-    above = int((rows["auroc"] > rows["bigram"]).sum())
+    surely, over = int((rows["margin_bigram_low"] > 0).sum()), int((rows["auroc"] > rows["bigram"]).sum())
     layout(
         figure,
-        f"{above} of {len(rows)} labels say more about routing than a table of token pairs",
-        "Tokens of the same id, routed to the expert or not; .5 is chance on either axis",
+        f"{surely} of {len(rows)} labels say more about routing than a table of token pairs",
+        "Tokens of the same id, routed to the expert or not; .5 is chance on either axis.<br>"
+        f"The title counts labels whose 95 % interval lies above the table; {over} dots are above the line.",
         width=_WIDTH,
         height=_HEIGHT,
     )

@@ -76,7 +76,7 @@ class Labels:
     @property
     def frame(self) -> pd.DataFrame:
         """One row per label, with its headline score: AUROC against the same token id, not routed."""
-        columns = ["auroc", "ci_low", "ci_high", "unigram", "bigram", "margin_bigram", "n_abstain"]
+        columns = ["auroc", "ci_low", "ci_high", "unigram", "bigram", "margin_bigram", "margin_bigram_low", "n_abstain"]
         chosen = self._headline(self.scores)[[*KEY, *columns]]
         table = self.labels.merge(chosen, how="left", on=list(KEY))
         table.insert(0, "address", [f"L{a}.E{b}" for a, b in zip(table["layer"], table["expert"], strict=True)])
