@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import pytest
 
@@ -77,9 +79,9 @@ def test_without_scores_there_is_no_number(labels: Labels) -> None:
 
 
 def test_the_figure_counts_only_labels_that_are_surely_better(labels: Labels) -> None:
-    title = labels.plot().layout.title.text.replace("<br>", " ")
-    assert "1 of 2 labels" in title
-    assert [tuple(dot.y) for dot in labels.plot().data[1:]] == [(0.8, 0.6)]
+    figure: Any = labels.plot()
+    assert "1 of 2 labels" in figure.layout.title.text.replace("<br>", " ")
+    assert [tuple(dots.y) for dots in figure.data[1:]] == [(0.8, 0.6)]
 
 
 def test_labels_are_text_in_a_page(labels: Labels) -> None:
