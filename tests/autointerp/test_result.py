@@ -75,7 +75,8 @@ def test_without_scores_there_is_no_number(labels: Labels) -> None:
     empty = Labels(labels.labels, scores(), means()[:0], labels.answers, labels.exemplars)
     assert "No label could be scored" in empty.finding()
     assert empty.frame["auroc"].isna().all()
-    assert len(empty.plot().data) == 0
+    figure: Any = empty.plot()
+    assert len(figure.data) == 0
 
 
 def test_the_figure_counts_only_labels_that_are_surely_better(labels: Labels) -> None:
