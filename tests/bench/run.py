@@ -1,4 +1,7 @@
-"""``make bench``: what capture and probing cost, as ratios inside one run. One thread a side; some 5 minutes."""
+"""``make bench``: what capture, probing, labelling and ablation cost, as ratios inside one run.
+
+One thread a side; some fifteen minutes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 import warnings
 
 import torch
+from ablating import ablating_cost
 from capturing import capture_cost, exemplar_cost, true_width_layer, wide_model
 from labelling import labelling_cost
 from probing import probing_cost
@@ -49,6 +53,7 @@ def main() -> None:
     }
     results["labelling"] = labelling_cost(lens, corpus)
     results["probing"] = probing_cost(lens, tokenized)
+    results["ablating"] = ablating_cost(tokenized)
     print(json.dumps(results))
 
 
