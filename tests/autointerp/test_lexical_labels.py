@@ -89,7 +89,7 @@ def captured(change: bool = False) -> tuple[TopExemplars, Tokenized]:
 
 
 def lens_rows() -> pd.DataFrame:
-    row = {"layer": 0, "expert": 0, "document": pd.NA, "promoted": [" de", "\n", "x"]}
+    row = {"layer": 0, "expert": 0, "document": pd.NA, "promoted": ["\ufffd", " de", "\n", "x"]}
     return pd.DataFrame([row, {**row, "document": 3, "promoted": ["no"]}])
 
 
@@ -155,9 +155,9 @@ def test_planted_routing_is_found_and_holds_on_documents_that_were_not_read(labe
         ("digits", ["digits"]),
         ("after the", ['words after "the"']),
         ("line starts", ["line starts"]),
-        ("near the", ['near "the"']),
+        ("near the", ['text within 80 characters after "the"']),
         ("digits or quotes", ["digits", "quotes"]),
-        ("words, not near the", ["word starts not near", '"the"']),
+        ("words, not near the", ['not within 80 characters after "the"']),
     ],
 )
 def test_the_sentence_names_what_was_planted(labels, name, words):

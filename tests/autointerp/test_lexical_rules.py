@@ -11,9 +11,19 @@ import regex
 import moe_lens as ml
 from moe_lens.autointerp.labels import label_frame, read_labels
 from moe_lens.autointerp.lexical.candidates import Candidates
-from moe_lens.autointerp.lexical.predicates import CLASSES, NEAR, Predicate, String, Term, rule_of, shown
+from moe_lens.autointerp.lexical.predicates import (
+    CLASSES,
+    NEAR,
+    CharacterClass,
+    Predicate,
+    String,
+    Term,
+    rule_of,
+    shown,
+)
 from moe_lens.autointerp.lexical.sampled_text import SampledText
-from moe_lens.autointerp.lexical.sentence import MOST_WORDS, phrase, sentence
+from moe_lens.autointerp.lexical.search import Search, grow, price
+from moe_lens.autointerp.lexical.sentence import MOST_WORDS, legible, phrase, sentence
 from moe_lens.capture.exemplars import TopExemplars
 from moe_lens.corpus.batches import Tokenized, tokenize
 from moe_lens.corpus.patterns import check_pattern, find_spans
@@ -126,6 +136,43 @@ def test_a_rule_survives_a_csv_file_and_the_check_of_patterns(seed, candidates, 
     assert read_labels(tmp_path / "labels.csv")["rule"].tolist() == [rule]
 
 
+def test_a_list_takes_what_adds_most_until_the_price_or_the_limit_of_its_kind():
+    bits = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)
+    weight = np.array([0.3, 0.3, 0.1, 0.2, 0.05], np.float32)
+    price, kind = np.full(4, 0.1, np.float32), np.array([0, 0, 1, 1])
+    listed, total = grow(bits, weight, price, kind, (2, 2))
+    assert listed == [0, 2]  # 1 marks nothing more, 3 less than its price
+    assert total == pytest.approx(0.7 + 0.2 - 2 * 0.1)
+    assert grow(bits, weight, price / 10, kind, (2, 2))[0] == [0, 2, 3]
+    assert grow(bits, weight, price / 10, kind, (2, 1))[0] == [0, 2]
+    assert grow(bits, weight, price / 10, kind, (0, 2))[0] == [2, 3]
+    shared = np.array([[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    assert grow(shared, np.array([0.5, 0.4, 0.3, 0.2]), price[:3], kind[:3] * 0, (3,))[0] == [0, 1, 2]
+
+
+def test_a_finished_rule_loses_what_it_can_do_without_and_nothing_else(text, candidates):
+    search = Search(text, candidates, np.ones(len(text), bool))
+    named = {p.phrase: p for p in candidates.tokens.predicates if isinstance(p, CharacterClass)}
+    digits, more, letters = named["digits"], named["digits inside numbers"], named["letters"]
+    marker = next(p for p in candidates.near.predicates if isinstance(p, String))
+    near, guarded = Term((), (marker,)), Term((letters,), (marker,))
+    for terms, want in (
+        ([Term((more,)), Term((digits,))], [Term((digits,))]),
+        ([Term((digits,)), Term((letters,))], [Term((digits, letters))]),
+        ([Term((digits,)), guarded], [Term((digits,)), guarded]),
+        ([guarded, near], [near]),
+    ):
+        routed = np.any([text.tokens_of(term, candidates.marks) for term in terms], axis=0)
+        assert search.pruned(terms, routed) == want
+        assert routed.any()
+
+
+def test_longer_predicates_cost_more():
+    assert price(String("le", "start", "end")) < price(String("le", "inside", "end"))
+    strange = String("le", not_before="".join(map(chr, range(200, 400, 2))), token=True)
+    assert price(strange) > 1.5 * price(String("le", "start", "end"))
+
+
 def test_long_documents_of_repeats_take_linear_time(candidates):
     rng = np.random.default_rng(1)
     for text in ("a" * 100_000, " the" * 25_000, "\n" * 100_000, '{"' * 50_000):
@@ -147,17 +194,52 @@ def test_near_means_up_to_eighty_characters_after_the_end_of_a_marker():
     assert find_spans(without, document, owner="rule", document="d")[:, 0].min() == 3 + NEAR + 1
 
 
-def test_sentences_are_short_and_show_white_space():
+def test_a_rule_in_words_is_short_and_what_does_not_fit_is_owned_up_to():
     words = tuple(String(f"word{i}", "start", "end") for i in range(12))
     near = (String("le", "start", "end"), String("la", "start", "end"), String("\n\n"))
     terms = [Term(words, near), Term((CLASSES[0],), near, negated=True), Term((String("ing", "inside", "end"),))]
     text = sentence(terms, [" de", "\n"])
-    assert len(text.split()) <= MOST_WORDS + 3
-    assert "\n" not in text
-    assert text.endswith('writes toward " de", "\\n"')
-    assert phrase(Term((String("ing", "inside", "end"),))) == 'tokens with "-ing"'
-    assert phrase(Term((), near)) == r'text near "le", "la" or "\n\n"'
+    rule, written = text.split("; writes toward ")
+    assert len(rule.split()) <= MOST_WORDS
+    assert rule.startswith('words such as "word0"')
+    assert rule.endswith("; and more")
+    assert written == '" de", "\\n"'
+    assert "and more" not in sentence(terms[1:])
+    longest = sentence([Term((CLASSES[0], words[0], near[2]), near)] * 2)
+    assert len(longest.split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        (Term((String("ing", "inside", "end"),)), 'the piece "-ing"'),
+        (Term((String("un", "start"), String("n", "inside"), String("e"))), 'pieces "un-", "-n-" or "e"'),
+        (Term(tuple(String(c) for c in "abcdef")), 'pieces such as "a", "b", "c" or "d"'),
+        (Term((String("a"), String("a", token=True))), 'the piece "a"'),
+        (Term((CLASSES[0], String("of", "start", "end"))), 'digits and the word "of"'),
+        (Term((String("the ", "start", after=True),)), 'words after "the"'),
+        (Term((), (String("\n\n"), String("le"))), r'text within 80 characters after "\n\n" or "le"'),
+        (Term((CLASSES[0],), (String("le"),), negated=True), 'digits not within 80 characters after "le"'),
+    ],
+)
+def test_a_term_in_words(term, words):
+    assert phrase(term) == words
+
+
+def test_a_shortened_list_says_so():
+    term = Term(tuple(String(c) for c in "ab"), tuple(String(c) for c in "xyz"))
+    assert phrase(term) == 'pieces "a" or "b" within 80 characters after "x", "y" or "z"'
+    assert phrase(term, 1) == 'pieces such as "a" within 80 characters after "x" or others'
+
+
+def test_white_space_is_shown_and_what_cannot_be_read_is_left_out():
     assert (shown("  "), shown("\t\x07"), shown(" a")) == ("␣␣", r"\t\u0007", " a")
+    assert [legible(t) for t in ("a", " a", "\n\t", "é", "", "\ufffd", "a\ufffd", "\x16", "\u200b")] == [True] * 4 + [
+        False
+    ] * 5
+    digits = [Term((CLASSES[0],))]
+    assert sentence(digits, ["\ufffd", "\x16"]) == "digits"
+    assert sentence(digits, ["\ufffd", "x"]) == 'digits; writes toward "x"'
 
 
 def test_a_sample_of_other_windows_is_refused(tokenized):

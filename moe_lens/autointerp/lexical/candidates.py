@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _SURFACES = 700
 _WORDS = 80
 """Words whose next word is a candidate."""
-_MARKERS = 1000
+_MARKERS = 500
 """Markers looked at; of these are kept"""
-_KEPT_MARKERS = 192
+_KEPT_MARKERS = 128
 _LEAST = 15
 """Tokens that a predicate must mark in the half that proposes."""
 _MARKER = r"\\\p{L}{2,}|\p{L}{2,}|</|/>|://|\n\n|\n\t|\n  +|[^\w\s]{1,2}"

@@ -18,7 +18,7 @@ from moe_lens.autointerp.lexical.candidates import Candidates
 from moe_lens.autointerp.lexical.predicates import rule_of
 from moe_lens.autointerp.lexical.sampled_text import SampledText
 from moe_lens.autointerp.lexical.search import Found, Search
-from moe_lens.autointerp.lexical.sentence import phrase, sentence
+from moe_lens.autointerp.lexical.sentence import legible, phrase, sentence
 from moe_lens.types import Split, Status
 
 if TYPE_CHECKING:
@@ -164,9 +164,12 @@ def _on_high_scores(text: SampledText, rule: str, high: pd.DataFrame | None) -> 
 
 
 def _promoted(lens_table: pd.DataFrame | None) -> dict[tuple[int, int], list[str]]:
-    """By expert, the tokens that its mean write promotes most."""
+    """By expert, of the tokens that its mean write promotes most, the first that can be shown."""
     if lens_table is None:
         return {}
     own = lens_table[lens_table["document"].isna()]
     places = zip(own["layer"].tolist(), own["expert"].tolist(), strict=True)
-    return {at: list(tokens)[:_PROMOTED] for at, tokens in zip(places, own["promoted"], strict=True)}
+    return {
+        at: [token for token in tokens if legible(token)][:_PROMOTED]
+        for at, tokens in zip(places, own["promoted"], strict=True)
+    }

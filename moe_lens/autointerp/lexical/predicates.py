@@ -55,10 +55,22 @@ class String:
 
 @dataclass(frozen=True, order=True)
 class CharacterClass:
-    """Every character that `regex` matches, which is one at a time."""
+    """Characters of the set `here`, where the characters before them are right."""
 
     phrase: str
-    regex: str
+    here: str
+    before: tuple[str, ...] = ()
+    """Sets of the characters right before, in the order of the text."""
+    unless: str = ""
+    """Set of characters that must not stand right before."""
+    look: str = ""
+    """What must end with the character itself, where sets do not say it."""
+
+    @property
+    def regex(self) -> str:
+        """Matches one character."""
+        look = self.look or ("".join(self.before) + self.here if self.before else "")
+        return (f"(?<!{self.unless})" if self.unless else "") + self.here + (f"(?<={look})" if look else "")
 
 
 Predicate = String | CharacterClass
@@ -111,7 +123,7 @@ def _union(predicates: Iterable[Predicate]) -> str:
             last = "".join(sorted({_escaped(t[-1]) for t in texts}))
             parts.append(rf"[{last}](?<={_LEFT[left]}{_any(texts)}){_RIGHT[right]}")
     parts += [p.regex for p in predicates if isinstance(p, CharacterClass)]
-    return f"(?:{'|'.join(parts)})"
+    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
 
 
 def _token(string: String) -> str:
@@ -171,7 +183,6 @@ def shown(text: str) -> str:
     return "".join(named.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
 
 
-_WORD_START = r"(?<![\p{L}\p{N}_])"
 _SCRIPTS = (
     "Cyrillic", "Greek", "Han", "Hiragana", "Katakana", "Hangul", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil",
     "Thai", "Armenian", "Georgian",
@@ -185,49 +196,59 @@ _AFTER = {
 }  # fmt: skip
 _AFTER_WITH_BLANK = {'","': ",", '"."': r"\.", '":"': ":", '";"': ";", '")"': r"\)", '"="': "=", "a digit": r"\d"}
 
+_L, _UPPER, _LOWER, _LINE = r"\p{L}", r"\p{Lu}", r"\p{Ll}", r"[^\n]"
+_BARE = r"[\p{L}\p{N}_]"
 CLASSES: tuple[CharacterClass, ...] = (
     CharacterClass("digits", r"\d"),
-    CharacterClass("letters", r"\p{L}"),
-    CharacterClass("tokens with something other than letters and blanks", r"[^\p{L}\s]"),
-    CharacterClass("capitalised word starts", _WORD_START + r"\p{Lu}"),
-    CharacterClass("lower-case word starts", _WORD_START + r"\p{Ll}"),
-    CharacterClass("word starts", _WORD_START + r"\p{L}"),
-    CharacterClass("rows of capitals", r"\p{Lu}(?<=\p{Lu}{2})"),
-    CharacterClass("letters inside words", r"\p{L}(?<=\p{L}{2})"),
-    CharacterClass("word pieces from the 4th letter on", r"\p{L}(?<=\p{L}{4})"),
-    CharacterClass("word pieces from the 6th letter on", r"\p{L}(?<=\p{L}{6})"),
-    CharacterClass("word pieces from the 9th letter on", r"\p{L}(?<=\p{L}{9})"),
-    CharacterClass("CamelCase humps", r"\p{Lu}(?<=\p{Ll}\p{Lu})"),
-    CharacterClass("parts of snake_case names", r"\w(?<=_[^\W_]{0,9}\w)|_"),
-    CharacterClass("letters after digits", r"\p{L}(?<=\d\p{L})"),
-    CharacterClass("digits inside numbers", r"\d(?<=\d{2})"),
-    CharacterClass("digits of numbers with four or more", r"\d(?<=\d{4})"),
+    CharacterClass("letters", _L),
+    CharacterClass("digits, signs and symbols", r"[^\p{L}\s]"),
+    CharacterClass("capitals that start a word", _UPPER, unless=_BARE),
+    CharacterClass("starts of lower-case words", _LOWER, unless=_BARE),
+    CharacterClass("word starts", _L, unless=_BARE),
+    CharacterClass("capitals", _UPPER),
+    CharacterClass("capitals after capitals", _UPPER, (_UPPER,)),
+    CharacterClass("letters inside words", _L, (_L,)),
+    CharacterClass("4th and later letters of words", _L, (_L,) * 3),
+    CharacterClass("6th and later letters of words", _L, (_L,) * 5),
+    CharacterClass("9th and later letters of words", _L, (_L,) * 8),
+    CharacterClass("capitals inside CamelCase", _UPPER, (_LOWER,)),
+    CharacterClass("parts of snake_case names", r"\w", look=r"_[^\W_]{0,10}"),
+    CharacterClass("letters after digits", _L, (r"\d",)),
+    CharacterClass("digits inside numbers", r"\d", (r"\d",)),
+    CharacterClass("digits of numbers with four or more", r"\d", (r"\d",) * 3),
     CharacterClass("white space", r"\s"),
     CharacterClass("line ends", r"\n"),
-    CharacterClass("empty lines", r"\n(?<=\n[ \t]{0,8}\n)"),
-    CharacterClass("indentation", r"[ \t](?<=(?<![^\n])[ \t]{1,32})"),
-    CharacterClass("double blanks", r" (?<=  )"),
+    CharacterClass("empty lines", r"\n", look=r"\n[ \t]{0,8}\n"),
+    CharacterClass("indentation", r"[ \t]", look=r"(?<![^\n])[ \t]{1,32}"),
+    CharacterClass("double blanks", r"\x20", (r"\x20",)),
     CharacterClass("tabs", r"\t"),
     CharacterClass("opening brackets", r"[(\[{]"),
     CharacterClass("closing brackets", r"[)\]}]"),
     CharacterClass("quotes", "[\"'`“”‘’«»]"),
     CharacterClass("punctuation", r"\p{P}"),
+    CharacterClass("punctuation and symbols", r"[\p{P}\p{S}]"),
+    CharacterClass("punctuation, symbols and white space", r"[\p{P}\p{S}\s]"),
     CharacterClass("ends of sentences", r"[.!?]"),
     CharacterClass("commas, colons and semicolons", r"[,;:]"),
     CharacterClass("operators", r"[=+*/<>|&^%~\-]"),
     CharacterClass("symbols", r"\p{S}"),
     CharacterClass("dashes", r"\p{Pd}"),
-    CharacterClass("repeated punctuation", r"[^\w\s](?<=[^\w\s]{2})"),
+    CharacterClass("repeated punctuation", r"[^\w\s]", (r"[^\w\s]",)),
     CharacterClass("characters outside ASCII", r"[^\x00-\x7f]"),
     CharacterClass("accented Latin letters", r"(?=\p{Script=Latin})[^\x00-\x7f]"),
-    CharacterClass("line starts", r"(?<![^\n])[^\n]"),
-    CharacterClass("the first word of an indented line", r"\S(?<=(?<![^\n])[ \t]{1,32}\S)"),
-    CharacterClass("the first word of a deeply indented line", r"\S(?<=(?<![^\n])(?: {8,32}|\t{2,16})\S)"),
-    CharacterClass("the first 20 characters of a line", r"[^\n](?<=(?<![^\n])[^\n]{1,20})"),
-    CharacterClass("text in lines of more than 40 characters", r"[^\n](?<=[^\n]{40})"),
-    CharacterClass("the first word of a sentence", r"\p{L}(?<=[.!?][\"')”]?\s{1,2}\p{L})"),
+    CharacterClass("letters of other scripts than Latin", r"(?!\p{Script=Latin})\p{L}"),
+    CharacterClass("vowels", r"[aeiouAEIOU]"),
+    CharacterClass("consonants", r"(?![aeiouAEIOU])[a-zA-Z]"),
+    CharacterClass("vowels inside words", r"[aeiou]", (_L,)),
+    CharacterClass("consonants inside words", r"(?![aeiou])[a-z]", (_L,)),
+    CharacterClass("line starts", _LINE, unless=_LINE),
+    CharacterClass("first words of indented lines", r"\S", look=r"(?<![^\n])[ \t]{1,32}\S"),
+    CharacterClass("first words of deeply indented lines", r"\S", look=r"(?<![^\n])(?: {8,32}|\t{2,16})\S"),
+    CharacterClass("first 20 characters of a line", _LINE, look=r"(?<![^\n])[^\n]{1,20}"),
+    CharacterClass("lines from their 40th character on", _LINE, look=r"[^\n]{40}"),
+    CharacterClass("first words of sentences", _L, look=r"[.!?][\"')”]?\s{1,2}\p{L}"),
     *(CharacterClass(f"{script} script", rf"\p{{Script={script}}}") for script in _SCRIPTS),
-    *(CharacterClass(f"what follows {name}", rf"[\s\S](?<={p}[\s\S])") for name, p in _AFTER.items()),
-    *(CharacterClass(f"words after {name}", rf"\p{{L}}(?<={p}\s\p{{L}})") for name, p in _AFTER_WITH_BLANK.items()),
+    *(CharacterClass(f"what follows {name}", r"[\s\S]", (p,)) for name, p in _AFTER.items()),
+    *(CharacterClass(f"words after {name}", _L, (p, r"\s")) for name, p in _AFTER_WITH_BLANK.items()),
 )
 """Token classes, positions and contexts of one character."""

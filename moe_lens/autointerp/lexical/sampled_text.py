@@ -53,6 +53,12 @@ class SampledText:
         char = np.arange(size.sum()) + np.repeat(self.start - (size.cumsum() - size), size)
         self._owner = np.repeat(np.arange(len(size)), size)[np.argsort(char, kind="stable")]
         self._first_owner = np.concatenate([[0], np.bincount(char, minlength=len(self.char)).cumsum()])
+        # tokens before each character: those that end at or before it, those that start at or before it
+        places = np.arange(len(self.char))
+        self._ended = np.searchsorted(self.end, places, side="right")
+        self._started = np.searchsorted(self.start, places, side="right")
+        self._codes, self._code = np.unique(self.char, return_inverse=True)
+        self._sets: dict[str, Bool[ndarray, "character"]] = {}
         self.word, self.space = self._is(r"\w"), self._is(r"\s")
 
     def _read(self, sample: WindowSample) -> tuple[Int[ndarray, "window"], Int[ndarray, "window"]]:
@@ -80,14 +86,18 @@ class SampledText:
         return self._sample.column(f"chosen.{layer}").numpy()[self._rows]
 
     def _is(self, pattern: str) -> Bool[ndarray, "character"]:
+        """Which characters the pattern, of one character, matches."""
         import regex
 
-        codes, inverse = np.unique(self.char, return_inverse=True)
-        return np.array([c >= 0 and bool(regex.match(pattern, chr(c))) for c in codes.tolist()], bool)[inverse]
+        if pattern not in self._sets:
+            matches = regex.compile(pattern).match
+            found = [c >= 0 and matches(chr(c)) is not None for c in self._codes.tolist()]
+            self._sets[pattern] = np.array(found, bool)[self._code]
+        return self._sets[pattern]
 
     def surfaces(self) -> list[str]:
         """The characters of every token."""
-        whole = "".join(chr(c) if c >= 0 else "\0" for c in self.char.tolist())
+        whole = np.maximum(self.char, 0).astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
         return [whole[a:b] for a, b in zip(self.start.tolist(), self.end.tolist(), strict=True)]
 
     def as_tokens(self, texts: Iterable[str], proposing: Bool[ndarray, "token"]) -> list[String]:
@@ -140,16 +150,22 @@ class SampledText:
         return at[~self.space[at] & (self.char[at] != _NOTHING)]
 
     def _class_marks(self, predicate: CharacterClass) -> Int[ndarray, "mark"]:
+        found = self._is(predicate.here).copy()
+        for back, characters in enumerate(reversed(predicate.before), start=1):
+            found[back:] &= self._is(characters)[:-back]
+        if predicate.unless:
+            found[1:] &= ~self._is(predicate.unless)[:-1]
+        return np.flatnonzero(found & self._looked(predicate) if predicate.look else found)
+
+    def _looked(self, predicate: CharacterClass) -> Bool[ndarray, "character"]:
         # a run of single-character matches marks what the matches mark, and is one match instead of many
         pattern = f"(?:{predicate.regex})++"
-        parts = []
+        steps = np.zeros(len(self.char) + 1, np.int8)
         for begin, text in zip(self.first.tolist(), self.texts, strict=True):
-            spans = find_spans(pattern, text, owner=predicate.phrase, document="the sample")
-            if len(spans):
-                parts.append(spans + begin)
-        spans = np.concatenate(parts) if parts else np.zeros((0, 2), np.int64)
-        size = spans[:, 1] - spans[:, 0]
-        return np.arange(size.sum()) + np.repeat(spans[:, 0] - (size.cumsum() - size), size)
+            spans = find_spans(pattern, text, owner=predicate.phrase, document="the sample") + begin
+            steps[spans[:, 0]] += 1
+            steps[spans[:, 1]] -= 1
+        return steps[:-1].cumsum(dtype=np.int8) > 0
 
     def tokens_with(self, marks: Int[ndarray, "mark"]) -> Bool[ndarray, "token"]:
         """Whether one of a token's characters is marked."""
@@ -164,18 +180,26 @@ class SampledText:
 
     def tokens_near(self, marks: Int[ndarray, "mark"]) -> Bool[ndarray, "token"]:
         """Whether one of a token's characters stands at most `NEAR` after a mark, or on it."""
-        return np.searchsorted(marks, self.start - NEAR) < np.searchsorted(marks, self.end)
+        steps = np.bincount(self._ended[marks], minlength=len(self) + 1)
+        steps -= np.bincount(self._started[marks + NEAR], minlength=len(self) + 1)
+        return steps[:-1].cumsum() > 0
 
     def tokens_of(self, term: Term, marks: dict[Predicate, Int[ndarray, "mark"]]) -> Bool[ndarray, "token"]:
         """What the regular expression of `term` finds, from the marks of its predicates."""
-        near = _merged(marks[p] for p in term.near)
+        near = self._marked(marks[p] for p in term.near)
         if not term.tokens:
-            return self.tokens_near(near)
-        found = _merged(marks[p] for p in term.tokens)
+            return self.tokens_near(np.flatnonzero(near))
+        found = np.flatnonzero(self._marked(marks[p] for p in term.tokens))
         if term.near:
-            close = np.searchsorted(near, found - NEAR) < np.searchsorted(near, found, side="right")
-            found = found[close != term.negated]
+            before = np.concatenate([[0], near.cumsum()])
+            found = found[(before[found + 1] > before[found - NEAR]) != term.negated]
         return self.tokens_with(found)
+
+    def _marked(self, marks: Iterable[Int[ndarray, "mark"]]) -> Bool[ndarray, "character"]:
+        out = np.zeros(len(self.char), bool)
+        for at in marks:
+            out[at] = True
+        return out
 
     def fits(self, rule: str, rows: pd.DataFrame) -> Bool[ndarray, "row"]:
         """Whether the rule marks the tokens of exemplars, wherever in the corpus they stand."""
@@ -198,10 +222,6 @@ def _around(tokenized: Tokenized, window: int) -> tuple[str, int]:
     text = tokenized.corpus.documents[int(tokenized.document[window])].text
     begin = max(0, int(start[start >= 0].min()) - REACH)
     return text[begin : int(end.max()) + _AHEAD], begin
-
-
-def _merged(marks: Iterable[Int[ndarray, "mark"]]) -> Int[ndarray, "mark"]:
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *marks]))
 
 
 def _occurrences(char: Int[ndarray, "character"], texts: Iterable[str]) -> dict[str, Int[ndarray, "occurrence"]]:
