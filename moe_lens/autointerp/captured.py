@@ -14,7 +14,7 @@ from moe_lens.autointerp.logit_lens import logit_lens
 from moe_lens.capture.checkpointed import checkpointed_stream
 from moe_lens.capture.exemplars import TopExemplars
 from moe_lens.capture.routing import RoutingStats
-from moe_lens.capture.run import write_routing
+from moe_lens.capture.run import digest, write_routing
 from moe_lens.capture.store import read_state, write_state
 from moe_lens.corpus.batches import Tokenized, batches, tokenize
 from moe_lens.errors import BadConfig, BadOutput, UnsupportedModel
@@ -66,7 +66,9 @@ def capture_exemplars(
     """
     tokenized = _tokenized(corpus, lens.tokenizer, settings)
     kept, routing = TopExemplars(tokenized.splits, seed=settings.seed), RoutingStats(len(corpus))
-    partial = None if run is None else run.partial("autointerp") / STATE
+    # a pass that was killed is only continued by one that would do the same
+    same_pass = digest(settings.to_dict() | {"batch_tokens": batch_tokens})
+    partial = None if run is None else run.partial("autointerp") / f"{same_pass}.safetensors"
     loader = batches(tokenized, split=None, tokens_per_batch=batch_tokens)
     layers = list(settings.layers)
     n_tokens = checkpointed_stream(

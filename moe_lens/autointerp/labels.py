@@ -62,6 +62,30 @@ def usable(labels: pd.DataFrame) -> pd.DataFrame:
     return labels[labels["status"] == str(Status.OK)]
 
 
+def given_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """A person's table of labels, held to what a CSV file is held to; the labeller is ``given`` unless it is named.
+
+    Raises:
+        BadConfig: a missing column, an empty label, a rule that does not compile, two labels for one expert, or
+            labels of several labellers.
+    """
+    missing = [name for name in ("layer", "expert", "label") if name not in table]
+    if missing:
+        raise BadConfig(f"the table of labels has no column {missing[0]!r}: give layer, expert and label")
+    named = table["labeller"] if "labeller" in table else pd.Series("", index=table.index)
+    named = named.astype(object).where(named.notna() & (named != ""), "given")
+    if named.nunique() > 1:
+        raise BadConfig(f"the table holds labels of {', '.join(sorted(map(str, named.unique())))}: give one labeller's")
+    with_status = with_none(label_frame(table.assign(labeller=named).to_dict("records")))
+    for row in usable(with_status).to_dict("records"):
+        at = ExpertAddress(row["layer"], row["expert"])
+        if not isinstance(row["label"], str) or not row["label"].strip():
+            raise BadConfig(f"the label of {at} is empty: write one or take the row out")
+        if row["rule"] is not None:
+            check_pattern(row["rule"], owner=f"the rule of {at}")
+    return with_status
+
+
 def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
     """Labels of a CSV file with the columns ``layer, expert, label`` and, if it has them, ``rule`` and ``facet``.
 

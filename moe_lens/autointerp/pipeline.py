@@ -29,7 +29,7 @@ from moe_lens.autointerp.captured import (
     same_settings,
 )
 from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, read_name, served_model
-from moe_lens.autointerp.labels import label_frame, read_labels
+from moe_lens.autointerp.labels import given_labels, read_labels
 from moe_lens.autointerp.result import Labels
 from moe_lens.autointerp.score import Scoring, score_labels
 from moe_lens.autointerp.tables import add_rows
@@ -198,7 +198,7 @@ def settle(
         if facets and name.kind == LEXICAL:
             raise BadConfig("--facets needs a language model: give --labeller openai:MODEL, or leave it out")
     else:
-        labels = label_frame(labels.to_dict("records"))
+        labels = given_labels(labels)
         if not len(labels):
             raise BadConfig("there is no label to score: give a table with a row for each")
     texts = [scorer] if isinstance(scorer, str) else list(scorer or [])

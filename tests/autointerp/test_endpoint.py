@@ -113,7 +113,7 @@ def test_given_labels_with_rules_need_no_scorer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     asked = settle(None, WITH_RULE, None, None)
     assert asked.scorers == (Name("rule"),)
-    pd.testing.assert_frame_equal(asked.given, WITH_RULE)
+    pd.testing.assert_frame_equal(asked.given, WITH_RULE.assign(labeller="given"))
 
 
 @pytest.mark.usefixtures("api_key")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import moe_lens as ml
-from moe_lens.autointerp.labels import LABEL_COLUMNS, label_frame, read_labels, usable, with_none
+from moe_lens.autointerp.labels import LABEL_COLUMNS, given_labels, label_frame, read_labels, usable, with_none
 from moe_lens.errors import BadConfig, MoELensError, OutOfRange
 
 GOOD = 'layer,expert,label,rule\n1,3,"closing brackets","[)\\]}]+"\nL0,E2, digits ,\n'
@@ -73,6 +73,36 @@ def test_experts_that_the_model_does_not_have_are_refused(tmp_path: Path, place:
     spec = ml.inspect("bundled:tiny-moe")
     with pytest.raises(OutOfRange, match=says):
         read_labels(written(tmp_path, f"layer,expert,label\n{place},a\n"), spec)
+
+
+ONE = {"layer": [0], "expert": [1], "label": ["digits"], "rule": [r"\d"]}
+
+
+def test_a_table_needs_no_labeller() -> None:
+    assert given_labels(pd.DataFrame(ONE))["labeller"].tolist() == ["given"]
+    assert given_labels(pd.DataFrame({**ONE, "labeller": ["me"]}))["labeller"].tolist() == ["me"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"label": [None]}, r"label of L0\.E1 is empty"),
+        ({"label": [" "]}, r"label of L0\.E1 is empty"),
+        ({"rule": ["("]}, r"rule of L0\.E1: bad regular expression"),
+        (
+            {"layer": [0, 0], "expert": [1, 2], "label": ["a", "b"], "rule": None, "labeller": ["x", "y"]},
+            "labels of x, y",
+        ),
+    ],
+)
+def test_a_table_is_held_to_what_a_file_is(change: dict, says: str) -> None:
+    with pytest.raises(MoELensError, match=says):
+        given_labels(pd.DataFrame({**ONE, **change}))
+
+
+def test_a_table_without_labels_is_refused() -> None:
+    with pytest.raises(BadConfig, match="no column 'label'"):
+        given_labels(pd.DataFrame({"layer": [0], "expert": [1]}))
 
 
 def test_only_rows_with_a_label_are_usable() -> None:
