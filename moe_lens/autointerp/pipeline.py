@@ -145,33 +145,47 @@ def autointerp(
     request |= scoring.to_dict() | ({"labels": _digest(asked.given)} if asked.given is not None else {})
     if run is not None and resume and _finished(run, asked.name) == request:
         return Labels.of(run, labeller=asked.name)
-    cache = None if run is None else run.path / REPLIES
     with Clients(
         base_url=asked.base_url,
-        cache=cache,
+        cache=None if run is None else run.path / REPLIES,
         max_calls=max_calls,
         reply_tokens=reply_tokens,
         concurrency=concurrency,
         timeout=timeout,
     ) as clients:
-        found = _labels(captured, asked, clients, chosen, facets=facets, seed=seed, progress=progress)
-        if run is not None:
-            add_rows(run, "labels", found, ("labeller",))
-        scored = score_labels(captured, found, asked.scorers, clients, scoring, progress=progress)
-        outcomes, spent = clients.outcomes, clients.spent
-    result = Labels(
+        result = _label_and_score(run, captured, asked, clients, chosen, scoring, facets=facets, progress=progress)
+        spent = clients.spent
+    if run is not None:
+        seconds = round(time.perf_counter() - started, 2)
+        _finish(run, result, {"request": request, "outcomes": dict(result.outcomes), **spent, "seconds": seconds})
+    return result
+
+
+def _label_and_score(
+    run: Run | None,
+    captured: Captured,
+    asked: Asked,
+    clients: Clients,
+    chosen: list[tuple[int, int]],
+    scoring: Scoring,
+    *,
+    facets: int,
+    progress: bool,
+) -> Labels:
+    found = _labels(captured, asked, clients, chosen, facets=facets, seed=scoring.seed, progress=progress)
+    if run is not None:
+        _start(run, asked.name)
+        add_rows(run, "labels", found, ("labeller",))
+    scored = score_labels(captured, found, asked.scorers, clients, scoring, progress=progress)
+    return Labels(
         labels=found,
         scores=scored.frame,
         summary=scored.summary,
         answers=scored.answers,
         exemplars=captured.exemplars,
-        outcomes=outcomes,
+        outcomes=clients.outcomes,
         run=run,
     )
-    if run is not None:
-        seconds = round(time.perf_counter() - started, 2)
-        _finish(run, result, asked.name, {"request": request, "outcomes": outcomes, **spent, "seconds": seconds})
-    return result
 
 
 def settle(
@@ -352,7 +366,15 @@ def _finished(run: Run, labeller: str) -> dict[str, Any] | None:
     return None if unpaid else found["request"]
 
 
-def _finish(run: Run, result: Labels, labeller: str, entry: dict[str, Any]) -> None:
+def _start(run: Run, labeller: str) -> None:
+    """From here on earlier scores of `labeller` are not those of its labels."""
+    before = run.manifest["commands"].get("autointerp", {})
+    others = {name: entry for name, entry in before.get("labellers", {}).items() if name != labeller}
+    run.update_manifest(commands={"autointerp": before | {"state": "running", "labellers": others}})
+
+
+def _finish(run: Run, result: Labels, entry: dict[str, Any]) -> None:
+    labeller = result.labeller
     add_rows(run, "label_answers", result.answers.assign(labeller=labeller), ("labeller",))
     add_rows(run, "label_scores", result.scores, ("labeller",))
     add_rows(run, "label_summary", result.summary, ("labeller",))
