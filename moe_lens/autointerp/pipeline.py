@@ -32,7 +32,7 @@ from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, read_name
 from moe_lens.autointerp.labels import given_labels, read_labels
 from moe_lens.autointerp.result import Labels
 from moe_lens.autointerp.score import Scoring, score_labels
-from moe_lens.autointerp.tables import add_rows
+from moe_lens.autointerp.tables import replace_rows
 from moe_lens.autointerp.transport import URL_VARIABLE, api_key, server_url
 from moe_lens.capture.run import Run, create_run, identity_of, peak_memory_bytes
 from moe_lens.errors import BadConfig
@@ -175,7 +175,7 @@ def _label_and_score(
     found = _labels(captured, asked, clients, chosen, facets=facets, seed=scoring.seed, progress=progress)
     if run is not None:
         _start(run, asked.name)
-        add_rows(run, "labels", found, ("labeller",))
+        replace_rows(run, "labels", found, labeller=asked.name)
     scored = score_labels(captured, found, asked.scorers, clients, scoring, progress=progress)
     return Labels(
         labels=found,
@@ -375,9 +375,9 @@ def _start(run: Run, labeller: str) -> None:
 
 def _finish(run: Run, result: Labels, entry: dict[str, Any]) -> None:
     labeller = result.labeller
-    add_rows(run, "label_answers", result.answers.assign(labeller=labeller), ("labeller",))
-    add_rows(run, "label_scores", result.scores, ("labeller",))
-    add_rows(run, "label_summary", result.summary, ("labeller",))
+    replace_rows(run, "label_answers", result.answers.assign(labeller=labeller), labeller=labeller)
+    replace_rows(run, "label_scores", result.scores, labeller=labeller)
+    replace_rows(run, "label_summary", result.summary, labeller=labeller)
     before = run.manifest["commands"].get("autointerp", {})
     labellers = before.get("labellers", {}) | {labeller: entry}
     done = {"state": "done", "labellers": labellers, "peak_memory": peak_memory_bytes()}

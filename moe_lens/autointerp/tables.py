@@ -1,8 +1,7 @@
-"""Tables that several commands add rows to."""
+"""Tables that hold rows of several labellers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -11,12 +10,11 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
 
 
-def add_rows(run: Run, name: str, rows: pd.DataFrame, key: Sequence[str]) -> None:
-    """Write `rows` into the table `name`; earlier rows with the same `key` give way, all others stay."""
-    if run.has(name) and len(rows):
+def replace_rows(run: Run, name: str, rows: pd.DataFrame, *, labeller: str) -> None:
+    """Write `rows` into the table `name` in place of the earlier ones of `labeller`; those of others stay."""
+    if run.has(name):
         before = run.frame(name)
-        mine = set(rows[list(key)].itertuples(index=False, name=None))
-        stays = [at not in mine for at in before[list(key)].itertuples(index=False, name=None)]
-        if any(stays):
-            rows = pd.concat([before[stays], rows], ignore_index=True)
+        others = before[before["labeller"] != labeller]
+        if len(others):
+            rows = pd.concat([others, rows], ignore_index=True) if len(rows) else others
     run.write(name, rows)

@@ -174,6 +174,23 @@ def test_labels_of_several_labellers_stand_side_by_side(
     assert "lexical" in cli(*words).out
 
 
+def test_a_labeller_that_finds_nothing_is_a_result_and_takes_nothing_away(
+    cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer
+) -> None:
+    assert cli(*words).code == 0
+    scores = pd.read_parquet(run / "label_scores.parquet")
+    server.behave = lambda asked: Answer(raw=LIST) if asked.path.endswith("/models") else Answer(explanation(None))
+    outcome = cli(*words, "--base-url", server.url)
+    assert outcome.code == 0, outcome.err
+    assert f"0 of {N_EXPERTS} experts have a label" in outcome.out
+    assert "No label could be scored" in outcome.out
+    labels = pd.read_parquet(run / "labels.parquet")
+    assert set(labels["labeller"]) == {"lexical", "openai:loop-1"}
+    assert set(labels[labels["labeller"] == "openai:loop-1"]["status"]) == {"abstained"}
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "label_scores.parquet"), scores)
+    assert cli(*words, "--base-url", server.url).out == outcome.out
+
+
 def test_a_dry_run_counts_the_requests_and_writes_nothing(
     cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer
 ) -> None:
