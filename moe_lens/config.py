@@ -199,7 +199,12 @@ class AutointerpConfig(RunConfig):
     items: int = Field(default=20, ge=5, le=40, description="tokens of each kind that an LLM judges per expert")
     fuzz: bool = Field(default=True, description="LLM scorers also judge moved marks")
     control: bool = Field(default=True, description="LLM scorers also judge other experts' labels")
-    max_calls: Annotated[int, Field(ge=0)] | None = Field(default=None, description="calls to servers, at most (any)")
+    max_calls: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="calls to servers, repetitions after an error not counted (any)"
+    )
+    token_budget: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="make no more calls after this many tokens of prompts and replies (any)"
+    )
     concurrency: int = Field(default=16, ge=1, description="requests on their way at a time")
     timeout: float = Field(default=60, gt=0, description="seconds to wait for one reply")
     reply_tokens: OptionalCount = Field(default=None, description="longest reply to ask for (the server's own)")

@@ -52,6 +52,12 @@ class BadConfig(MoELensError):
     """A setting that is unknown or has an impossible value."""
 
 
+class NoServer(MoELensError):
+    """A language model's server did not answer any request."""
+
+    exit_code = 1
+
+
 class WriteFailed(MoELensError):
     """Writing a result failed (disk full, permissions). Nothing that was there before is damaged."""
 

@@ -135,7 +135,10 @@ def captured_of(run: Run, corpus: Corpus, tokenizer: Any) -> Captured:
     if settings is None:
         raise BadOutput(f"{run.path} holds no exemplars: run moe-lens autointerp --model ... -o {run.path} first")
     if run.manifest["corpus"]["sha256"] != corpus.sha256:
-        raise BadOutput(f"{run.path} was made from another text than {corpus.name}: give the text of that run")
+        raise BadOutput(
+            f"{run.path} was made from another text than {corpus.name!r}: pass the text of that run as corpus=, with "
+            "the limit it was read with"
+        )
     tokenized = _tokenized(corpus, tokenizer, settings)
     kept = TopExemplars(tokenized.splits, seed=settings.seed)
     kept.load_state_dict(read_state(run.path / STATE))

@@ -100,6 +100,8 @@ class Client:
         cache: sqlite file of replies, None to keep none.
         concurrency: requests on their way at a time.
         max_calls: calls to make at most (second questions count, the package's repetitions do not), None for any.
+        token_budget: tokens of prompts and replies, by the server's count, after which no call is made; what is on
+            its way then comes on top. None for any.
         timeout: seconds to wait for one reply.
         temperature: 0 for the likeliest reply.
         max_tokens: limit on one reply, None for the server's own. A model that turns either of the two down is asked
@@ -118,6 +120,7 @@ class Client:
         cache: Path | None,
         concurrency: int = 16,
         max_calls: int | None = None,
+        token_budget: int | None = None,
         timeout: float = 60,
         temperature: float = 0.0,
         max_tokens: int | None = None,
@@ -130,11 +133,13 @@ class Client:
             raise BadConfig("concurrency, timeout and max_tokens must be above 0")
         if max_retries < 0 or temperature < 0 or (max_calls is not None and max_calls < 0):
             raise BadConfig("max_calls, max_retries and temperature must be 0 or more")
-        self.base_url = server_url(base_url)
+        self.base_url, self.token_budget = server_url(base_url), token_budget
         self.concurrency, self.max_calls, self.timeout, self.max_retries = concurrency, max_calls, timeout, max_retries
         self.parameters = {"temperature": temperature} | ({} if max_tokens is None else {"max_tokens": max_tokens})
         self.calls = self.tokens_in = self.tokens_out = 0
         self._outcomes: Counter[Outcome] = Counter()
+        self.failures: Counter[str] = Counter()
+        """Failed requests by what went wrong, such as ``HTTP 500`` or ``APITimeoutError``."""
         self._cache = None if cache is None else ReplyCache(cache)
         self._known: defaultdict[type, Known] = defaultdict(Known)
         self._lines: dict[type, Any] = {}
@@ -222,6 +227,8 @@ class Client:
                     cached=reply.cached and again.cached,
                 )
         self._outcomes[reply.counted_as] += 1
+        if reply.status is Outcome.FAILED:
+            self.failures[reply.why] += 1
         return reply
 
     def predict_embeddings(self, texts: Sequence[str]) -> Prediction:
@@ -258,7 +265,8 @@ class Client:
             self.calls += 1
             try:
                 vectors, tokens_in = await line.send(texts)
-            except NoReply:
+            except NoReply as problem:
+                self.failures[str(problem)] += len(texts)
                 return dict.fromkeys(texts, Embedding(Outcome.FAILED))
             self.tokens_in += tokens_in
             if self._cache is not None:
@@ -311,7 +319,10 @@ class Client:
 
     @property
     def _spent(self) -> bool:
-        return self.max_calls is not None and self.calls >= self.max_calls
+        n_tokens = self.tokens_in + self.tokens_out
+        return (self.max_calls is not None and self.calls >= self.max_calls) or (
+            self.token_budget is not None and n_tokens >= self.token_budget
+        )
 
     def _stored(self, key: str) -> Stored | None:
         return None if self._cache is None else self._cache.get(key)
@@ -324,7 +335,7 @@ class Client:
             if stored := self._stored(key):
                 return _read(stored, schema, cached=True)
             if self._spent:
-                return Reply(Outcome.BUDGET, why=f"all {self.max_calls} calls are made")
+                return Reply(Outcome.BUDGET, why="the budget of calls or tokens is spent")
             self.calls += 1
             try:
                 stored = await line.send((messages, schema))

@@ -68,6 +68,7 @@ class Contexts:
         names = ("text", "char_start", "char_end", "token_starts", "token_ends", "routed_tokens")
         columns = dict(zip(names, zip(*found, strict=True), strict=True)) if found else dict.fromkeys(names, ())
         frame = pd.DataFrame({name: list(column) for name, column in columns.items()}, index=rows.index)
+        frame = frame.astype({"char_start": np.int64, "char_end": np.int64})  # no rows: no type to go by
         frame.insert(0, "token", [self.name(i) for i in rows["token_id"].tolist()])
         return frame
 

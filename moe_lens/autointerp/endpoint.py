@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from moe_lens.autointerp.client import Client
 from moe_lens.autointerp.transport import KEY_VARIABLE, NO_KEY, api_key, is_loopback, server_url
-from moe_lens.errors import BadConfig, nearest
+from moe_lens.errors import BadConfig, NoServer, nearest
 
 LEXICAL, RULE = "lexical", "rule"
 _MODELS = ("openai", "embedding", "gguf")
@@ -54,7 +54,8 @@ def read_name(text: str, *, option: str, without_model: str) -> Name:
     if kind in kinds and model.strip():
         return Name(kind, model.strip())
     forms = [without_model, *(f"{kind}:{'FILE' if kind == 'gguf' else 'MODEL'}" for kind in kinds)]
-    raise BadConfig(f"{option} cannot be {text!r}{nearest(kind, [without_model, *kinds])}: write {' or '.join(forms)}")
+    hint = "" if kind in kinds else nearest(kind, [without_model, *kinds])
+    raise BadConfig(f"{option} cannot be {text!r}{hint}: write {' or '.join(forms)}")
 
 
 def served_model(base_url: str) -> str:
@@ -86,9 +87,17 @@ class Clients:
     """One client per model, with one budget of calls and one cache; local servers stop with the context."""
 
     def __init__(
-        self, *, base_url: str | None, cache: Path | None, max_calls: int | None, reply_tokens: int | None, **rest: Any
+        self,
+        *,
+        base_url: str | None,
+        cache: Path | None,
+        max_calls: int | None = None,
+        token_budget: int | None = None,
+        reply_tokens: int | None = None,
+        **rest: Any,
     ) -> None:
-        self._base_url, self._cache, self._max_calls = base_url, cache, max_calls
+        self._base_url, self._cache = base_url, cache
+        self._max_calls, self._token_budget = max_calls, token_budget
         self._settings: dict[str, Any] = rest | {"max_tokens": reply_tokens}
         self._clients: dict[str, Client] = {}
         self._stack = ExitStack()
@@ -109,6 +118,9 @@ class Clients:
             settings = dict(self._settings)
             if self._max_calls is not None:
                 settings["max_calls"] = max(0, self._max_calls - self.spent["calls"])
+            if self._token_budget is not None:
+                used = self.spent["tokens_in"] + self.spent["tokens_out"]
+                settings["token_budget"] = max(0, self._token_budget - used)
             model, url = name.model, self._base_url
             if name.kind == "gguf":
                 from moe_lens.autointerp.local import serve
@@ -126,6 +138,30 @@ class Clients:
         """Calls made and tokens of them, in this process."""
         clients = self._clients.values()
         return {name: sum(getattr(client, name) for client in clients) for name in ("calls", "tokens_in", "tokens_out")}
+
+    def check(self) -> None:
+        """Complain about a model that has not answered a single request.
+
+        Raises:
+            NoServer: requests to it failed and none was answered.
+        """
+        for name, client in self._clients.items():
+            found = client.counts
+            if found["failed"] and not sum(n for outcome, n in found.items() if outcome not in ("failed", "budget")):
+                causes = ", ".join(f"{n} {cause}" for cause, n in client.failures.most_common())
+                raise NoServer(
+                    f"{name} at {client.base_url} answered none of {found['failed']} requests ({causes}): see to the "
+                    "server and run the same command again; nothing was replaced"
+                )
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Failed requests by cause over all models."""
+        total: dict[str, int] = {}
+        for client in self._clients.values():
+            for cause, n in client.failures.items():
+                total[cause] = total.get(cause, 0) + n
+        return total
 
     @property
     def outcomes(self) -> dict[str, int]:

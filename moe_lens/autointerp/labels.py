@@ -76,14 +76,26 @@ def given_labels(table: pd.DataFrame) -> pd.DataFrame:
     named = named.astype(object).where(named.notna() & (named != ""), "given")
     if named.nunique() > 1:
         raise BadConfig(f"the table holds labels of {', '.join(sorted(map(str, named.unique())))}: give one labeller's")
-    with_status = with_none(label_frame(table.assign(labeller=named).to_dict("records")))
-    for row in usable(with_status).to_dict("records"):
-        at = ExpertAddress(row["layer"], row["expert"])
-        if not isinstance(row["label"], str) or not row["label"].strip():
-            raise BadConfig(f"the label of {at} is empty: write one or take the row out")
-        if row["rule"] is not None:
-            check_pattern(row["rule"], owner=f"the rule of {at}")
-    return with_status
+    records = with_none(table.assign(labeller=named, rule=table.get("rule"))).to_dict("records")
+    ok = [row for row in records if row.get("status", str(Status.OK)) == str(Status.OK)]
+    return label_frame([{**row, **_checked(row)} for row in ok])
+
+
+def _checked(row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Expert, facet, label and rule of a row that somebody wrote.
+
+    Raises:
+        BadConfig, BadConcept: see `read_labels`.
+    """
+    at = ExpertAddress(_number(row["layer"], "L"), _number(row["expert"], "E"))
+    label = " ".join(str(row["label"] or "").split())
+    if not label:
+        raise BadConfig(f"the label of {at} is empty; write one or take the row out")
+    rule = row.get("rule") or None
+    if rule is not None:
+        check_pattern(rule, owner=f"the rule of {at}")
+    facet = _number(row.get("facet") or 0, "")
+    return {"layer": at.layer, "expert": at.expert, "facet": facet, "label": label, "rule": rule}
 
 
 def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
@@ -98,46 +110,48 @@ def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
         OutOfRange: an expert that the model does not have.
     """
     path = Path(path)
-    table = _read(path)
     rows = []
-    for line, row in enumerate(table.to_dict("records"), start=2):
-        where = f"{path}, row {line}"
-        rule = str(row.get("rule") or "")
+    for line, row in enumerate(_read(path), start=2):
         try:
-            at = ExpertAddress(_number(row["layer"], "L"), _number(row["expert"], "E"))
-            facet = _number(row.get("facet") or "0", "")
-            rule = check_pattern(rule, owner="its rule") if rule else None
+            checked = _checked(row)
             if spec is not None:
-                _check_expert(spec, at)
+                _check_expert(spec, ExpertAddress(checked["layer"], checked["expert"]))
         except MoELensError as error:
-            raise type(error)(f"{where}: {error}") from error
-        label = " ".join(str(row["label"]).split())
-        if not label:
-            raise BadConfig(f"{where}: the label of {at} is empty; write one or take the row out")
-        place = {"layer": at.layer, "expert": at.expert, "facet": facet}
-        rows.append({**place, "label": label, "rule": rule, "labeller": f"file:{path.name}"})
+            raise type(error)(f"{path}, row {line}: {error}") from error
+        rows.append({**checked, "labeller": f"file:{path.name}"})
     if not rows:
         raise BadConfig(f"{path} holds no label: write a row 'layer,expert,label' for each")
     return label_frame(rows)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read(path: Path) -> list[dict[str, str]]:
+    import csv
+
+    header = "its header must be layer,expert,label[,rule]"
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True, strict=True)
+            rows = list(reader)
+            names = [name.strip() for name in reader.fieldnames or []]
     except OSError as error:
         raise BadConfig(f"cannot read the labels {path}: {error.strerror or error}; give a CSV file") from error
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise BadConfig(f"{path} is not a CSV file with a header layer,expert,label: {error}") from error
-    missing = [name for name in ("layer", "expert", "label") if name not in table]
-    if missing:
-        raise BadConfig(f"{path} has no column {missing[0]!r}: its header must be layer,expert,label[,rule]")
-    return table
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path} is not a CSV file: {error}; {header}") from error
+    for name in ("layer", "expert", "label"):
+        if name not in names:
+            raise BadConfig(f"{path} has no column {name!r}: {header}")
+    for line, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise BadConfig(
+                f"{path}, row {line}: it has not as many fields as the header; put texts with commas in quotes"
+            )
+    return [{str(name).strip(): value for name, value in row.items()} for row in rows]
 
 
-def _number(text: str, letter: str) -> int:
-    digits = str(text).strip().removeprefix(letter)
+def _number(value: Any, letter: str) -> int:
+    digits = str(value).strip().removeprefix(letter).removesuffix(".0")
     if not digits.isascii() or not digits.isdigit():
-        raise BadConfig(f"cannot read {text!r} as a number: write a layer, expert or facet as 7")
+        raise BadConfig(f"cannot read {value!r} as a number: write a layer, expert or facet as 7")
     return int(digits)
 
 

@@ -29,18 +29,18 @@ from moe_lens.autointerp.captured import (
     same_settings,
 )
 from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, read_name, served_model
-from moe_lens.autointerp.labels import given_labels, read_labels
+from moe_lens.autointerp.labels import given_labels, label_frame, read_labels, with_none
 from moe_lens.autointerp.result import Labels
 from moe_lens.autointerp.score import Scoring, score_labels
 from moe_lens.autointerp.tables import replace_rows
 from moe_lens.autointerp.transport import URL_VARIABLE, api_key, server_url
 from moe_lens.capture.run import Run, create_run, identity_of, peak_memory_bytes
-from moe_lens.errors import BadConfig
+from moe_lens.errors import BadConfig, OutOfRange
+from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
     from moe_lens.corpus.text import Corpus
     from moe_lens.models.lens import Lens
-    from moe_lens.types import ExpertAddress
 
 REPLIES = "replies.sqlite"
 """File of the run directory with every reply of a language model; it outlives ``--no-resume``."""
@@ -81,6 +81,7 @@ def autointerp(
     fuzz: bool = True,
     control: bool = True,
     max_calls: int | None = None,
+    token_budget: int | None = None,
     concurrency: int = 16,
     timeout: float = 60,
     reply_tokens: int | None = None,
@@ -109,7 +110,8 @@ def autointerp(
         items: tokens of each kind per expert that a language model judges. Rules judge all.
         fuzz: language models also judge positives with a moved mark.
         control: language models also judge the label of another expert of the layer (the shuffled control).
-        max_calls: calls to servers at most; what is left then is ``not_run`` and ``budget``.
+        max_calls, token_budget: calls to servers (repetitions after an error not counted), and tokens of prompts and
+            replies, after which no call is made; what is left then is ``not_run`` and ``budget``.
         reply_tokens: longest reply to ask for.
         max_length, max_tokens, document_tokens, batch_size, seed: as in ``moe_lens.probe``.
         out: run directory; a killed run in it repeats no call and no saved batch.
@@ -141,23 +143,26 @@ def autointerp(
     )
     chosen = chosen_experts(captured, _addresses(experts), layers)
     scoring = Scoring(items=items, fuzz=fuzz, control=control, seed=seed)
-    request = {"experts": sorted(map(list, chosen)), "facets": facets, "scorers": list(map(str, asked.scorers))}
+    request = {"facets": facets, "scorers": list(map(str, asked.scorers))}
     request |= scoring.to_dict() | ({"labels": _digest(asked.given)} if asked.given is not None else {})
-    if run is not None and resume and _finished(run, asked.name) == request:
+    if run is not None and resume and _finished(run, asked.name, chosen) == request:
         return Labels.of(run, labeller=asked.name)
     with Clients(
         base_url=asked.base_url,
         cache=None if run is None else run.path / REPLIES,
         max_calls=max_calls,
+        token_budget=token_budget,
         reply_tokens=reply_tokens,
         concurrency=concurrency,
         timeout=timeout,
     ) as clients:
         result = _label_and_score(run, captured, asked, clients, chosen, scoring, facets=facets, progress=progress)
-        spent = clients.spent
+        spent = clients.spent | {"failures": dict(result.failures)}
     if run is not None:
         seconds = round(time.perf_counter() - started, 2)
-        _finish(run, result, {"request": request, "outcomes": dict(result.outcomes), **spent, "seconds": seconds})
+        places = zip(result.labels["layer"].tolist(), result.labels["expert"].tolist(), strict=True)
+        entry = {"request": request, "experts": sorted(set(places)), "outcomes": dict(result.outcomes), **spent}
+        _finish(run, result, entry | {"seconds": seconds})
     return result
 
 
@@ -173,10 +178,13 @@ def _label_and_score(
     progress: bool,
 ) -> Labels:
     found = _labels(captured, asked, clients, chosen, facets=facets, seed=scoring.seed, progress=progress)
+    clients.check()
+    found = _with_earlier(run, asked, found)
     if run is not None:
         _start(run, asked.name)
         replace_rows(run, "labels", found, labeller=asked.name)
     scored = score_labels(captured, found, asked.scorers, clients, scoring, progress=progress)
+    clients.check()
     return Labels(
         labels=found,
         scores=scored.frame,
@@ -184,6 +192,7 @@ def _label_and_score(
         answers=scored.answers,
         exemplars=captured.exemplars,
         outcomes=clients.outcomes,
+        failures=clients.failures,
         run=run,
     )
 
@@ -296,8 +305,6 @@ def _tokenizer_of(run: Run) -> Any:
 
 
 def _addresses(experts: Sequence[str | ExpertAddress] | None) -> list[tuple[int, int]] | None:
-    from moe_lens.types import ExpertAddress
-
     if experts is None:
         return None
     found = [ExpertAddress.parse(text) for text in experts]
@@ -316,7 +323,13 @@ def _labels(
 ) -> pd.DataFrame:
     """Labels of the chosen experts."""
     if asked.given is not None:
-        places = zip(asked.given["layer"], asked.given["expert"], strict=True)
+        places = list(zip(asked.given["layer"].tolist(), asked.given["expert"].tolist(), strict=True))
+        everyone = set(chosen_experts(captured, None, None))
+        for at in places:
+            if at not in everyone:
+                raise OutOfRange(
+                    f"there is a label for {ExpertAddress(*at)}, of which there are no exemplars: correct it"
+                )
         found = asked.given[[at in set(chosen) for at in places]].reset_index(drop=True)
         if not len(found):
             raise BadConfig("none of the labels is for an expert that was chosen: correct --labels, or --experts")
@@ -356,14 +369,26 @@ def _digest(labels: pd.DataFrame | None) -> str:
     return "" if labels is None else digest(labels[["layer", "expert", "facet", "label", "rule"]].to_dict("records"))
 
 
-def _finished(run: Run, labeller: str) -> dict[str, Any] | None:
-    """Request of the finished labels of this labeller in `run`, None if they are not complete."""
+def _with_earlier(run: Run | None, asked: Asked, found: pd.DataFrame) -> pd.DataFrame:
+    """`found`, and the labels that the labeller gave other experts before. A given table is always the whole."""
+    if run is None or asked.given is not None or not run.has("labels"):
+        return found
+    before = run.frame("labels")
+    now = set(found[["layer", "expert"]].itertuples(index=False, name=None))
+    other = [at not in now for at in before[["layer", "expert"]].itertuples(index=False, name=None)]
+    others = before[(before["labeller"] == asked.name) & pd.Series(other, index=before.index)]
+    return label_frame([*found.to_dict("records"), *with_none(others).to_dict("records")]) if len(others) else found
+
+
+def _finished(run: Run, labeller: str, chosen: list[tuple[int, int]]) -> dict[str, Any] | None:
+    """Request of the finished labels of this labeller in `run`, None if not all of `chosen` are among them."""
     entry = run.manifest["commands"].get("autointerp", {})
     found = entry.get("labellers", {}).get(labeller)
     if not found or not run.has("label_scores"):
         return None
     unpaid = {"failed", "budget"} & {name for name, n in found["outcomes"].items() if n}
-    return None if unpaid else found["request"]
+    missing = set(chosen) - {tuple(at) for at in found["experts"]}
+    return None if unpaid or missing else found["request"]
 
 
 def _start(run: Run, labeller: str) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_TOKEN = 4
 """Near for English prose; code and other scripts have up to twice as many tokens."""
+_LABEL_TOKENS, _ANSWER_TOKENS = 60, 15
 _FRAME_TOKENS = 12
 """Number, mark and strength that stand around a context."""
 
@@ -33,35 +34,46 @@ class Cost:
     model: str
     calls: int
     tokens_in: int
+    tokens_out: int
 
 
 def costs(
-    asked: Asked, n_experts: int, *, items: int, fuzz: bool, control: bool, facets: int, bytes_per_token: float
+    asked: Asked,
+    n_experts: int,
+    n_labels: int,
+    *,
+    items: int,
+    fuzz: bool,
+    control: bool,
+    facets: int,
+    bytes_per_token: float,
 ) -> list[Cost]:
     """Largest cost by task: every expert used, every label written, nothing in the cache.
 
     Args:
+        n_labels: that scorers judge; facets count one by one.
         bytes_per_token: UTF-8 bytes of the text per token of the model under study, whose tokens make a context.
 
-    The reply's length is not predicted: about 60 tokens for a label, 15 for each judged token.
+    Tokens are rough: replies are taken to have 60 for a label and 15 for each judged token, and texts that are no
+    English prose can have twice as many as predicted.
     """
     context = math.ceil(CONTEXT * bytes_per_token / BYTES_PER_TOKEN) + _FRAME_TOKENS
-    n_labels = n_experts * max(1, facets)
     found = []
     if asked.labeller is not None and asked.labeller.model:
         task = "facets" if facets else "explain"
         size = _template_tokens(task) + (N_POSITIVE + N_NEGATIVE) * context
-        found.append(Cost(task, str(asked.labeller), n_experts, n_experts * size))
+        n_replies = n_experts * max(1, facets)
+        found.append(Cost(task, str(asked.labeller), n_experts, n_experts * size, n_replies * _LABEL_TOKENS))
     for scorer in asked.scorers:
         for task, n_items in _judged(scorer, items, fuzz=fuzz, control=control):
             if scorer.kind == "embedding":
                 calls, size = math.ceil(n_labels * n_items / TEXTS_PER_CALL), n_labels * n_items * context
-                found.append(Cost(task, str(scorer), calls, size))
+                found.append(Cost(task, str(scorer), calls, size, 0))
                 continue
             # the two marks of one context go into different prompts
             calls = n_labels * max(2 if task == "fuzz" else 1, math.ceil(n_items / PER_PROMPT))
             size = calls * _template_tokens(task.split()[0]) + n_labels * n_items * context
-            found.append(Cost(task, str(scorer), calls, size))
+            found.append(Cost(task, str(scorer), calls, size, n_labels * n_items * _ANSWER_TOKENS))
     return found
 
 

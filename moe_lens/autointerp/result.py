@@ -30,7 +30,7 @@ class Labels:
 
     ``labels`` is labels.parquet, ``scores`` label_scores.parquet, ``summary`` the means over experts, ``answers``
     what was answered about each item, ``exemplars`` the tokens, ``outcomes`` requests to language models by how they
-    ended, ``run`` the directory they were written to, if any.
+    ended, ``failures`` those without a reply by cause, ``run`` the directory they were written to, if any.
     """
 
     labels: pd.DataFrame
@@ -39,6 +39,7 @@ class Labels:
     answers: pd.DataFrame
     exemplars: pd.DataFrame
     outcomes: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
     run: Run | None = None
 
     @classmethod
@@ -62,7 +63,16 @@ class Labels:
             table[table["labeller"] == labeller].reset_index(drop=True) for table in tables.values()
         )
         entry = run.manifest["commands"].get("autointerp", {}).get("labellers", {}).get(labeller, {})
-        return cls(with_none(labels), scores, summary, answers, run.frame("exemplars"), entry.get("outcomes", {}), run)
+        return cls(
+            with_none(labels),
+            scores,
+            summary,
+            answers,
+            run.frame("exemplars"),
+            entry.get("outcomes", {}),
+            entry.get("failures", {}),
+            run,
+        )
 
     @property
     def labeller(self) -> str:
@@ -125,8 +135,11 @@ class Labels:
         noun = "facets" if (self.labels["facet"] > 0).any() else "experts"
         said = [f"{ok} of {n} {noun} have a label ({self.labeller})."]
         mean: Any = next(self._headline(self.summary).itertuples(), None)
+        if left := self.outcomes.get("budget"):
+            said.append(f"The budget left {left} requests unasked.")
         if mean is None or pd.isna(mean.auroc):
-            return f"{said[0]} No label could be scored: too few tokens or documents, or no answer could be used."
+            said.append("None could be scored on tokens of the same id: too few tokens, documents or usable answers.")
+            return " ".join(said)
         shuffled: Any = next(self._headline(self.summary, control="shuffled").itertuples(), None)
         other = "" if shuffled is None or pd.isna(shuffled.auroc) else f", another expert's label {shuffled.auroc:.3f}"
         said.append(
@@ -148,6 +161,7 @@ class Labels:
             "finding": self.finding(),
             "labels_by_status": self.counts,
             "requests_by_outcome": {name: n for name, n in self.outcomes.items() if n},
+            "failures_by_cause": dict(self.failures),
             "same_model": self.same_model,
             "summary": means,
             "labels": self.frame[["address", "facet", "label", "rule", "status", "auroc", "ci_low", "ci_high"]].to_dict(

@@ -94,6 +94,7 @@ def run(settings: AutointerpConfig, text: Corpus) -> Labels:
         fuzz=settings.fuzz,
         control=settings.control,
         max_calls=settings.max_calls,
+        token_budget=settings.token_budget,
         concurrency=settings.concurrency,
         timeout=settings.timeout,
         reply_tokens=settings.reply_tokens,

@@ -90,6 +90,8 @@ def expert_addresses(spec: Spec, layers: Sequence[int] | None, experts: Sequence
             found.append(ExpertAddress.parse(word))
     for at in found:
         check_layers(spec, [at.layer])
+        if at.layer not in chosen:
+            raise OutOfRange(f"{at} is not in the chosen layers {chosen}: add its layer to --layers")
         entry = spec.at(at.layer)
         if entry is not None and at.expert >= entry.n_experts:
             raise OutOfRange(

@@ -11,6 +11,7 @@ from moe_lens.cli import inputs
 from moe_lens.cli.plan import Share, shares_of, tokens_by_split
 from moe_lens.corpus.batches import tokenize
 from moe_lens.models import source
+from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
     from moe_lens.autointerp.pipeline import Asked
@@ -41,11 +42,15 @@ class LabelPlan:
         return sum(cost.calls for cost in self.costs)
 
     @property
+    def tokens_out(self) -> int:
+        return sum(cost.tokens_out for cost in self.costs)
+
+    @property
     def tokens_in(self) -> int:
         return sum(cost.tokens_in for cost in self.costs)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"calls": self.calls, "tokens_in": self.tokens_in}
+        return asdict(self) | {"calls": self.calls, "tokens_in": self.tokens_in, "tokens_out": self.tokens_out}
 
 
 def make_plan(settings: AutointerpConfig, spec: Spec, asked: Asked, corpus: Corpus) -> LabelPlan:
@@ -69,10 +74,15 @@ def make_plan(settings: AutointerpConfig, spec: Spec, asked: Asked, corpus: Corp
     chosen = [entry for entry in spec.layers if entry.layer in wanted and entry.layer in spec.moe_layers]
     n_experts = sum(entry.n_experts for entry in chosen)
     addresses = inputs.expert_addresses(spec, settings.layers, settings.experts)
-    if asked.given is not None:
-        n_experts = len(asked.given[["layer", "expert"]].drop_duplicates())
-    elif addresses is not None:
+    if addresses is not None:
         n_experts = len(addresses)
+    n_labels = n_experts * max(1, settings.facets)
+    if asked.given is not None:
+        places = zip(asked.given["layer"].tolist(), asked.given["expert"].tolist(), strict=True)
+        given = [ExpertAddress(layer, expert) for layer, expert in places]
+        named = None if addresses is None else set(addresses)
+        given = [at for at in given if at.layer in wanted and (named is None or str(at) in named)]
+        n_experts, n_labels = len(set(given)), len(given)
     read = (tokenized.char_end - tokenized.char_start).clip(min=0).sum()
     return LabelPlan(
         model=spec.name,
@@ -87,6 +97,7 @@ def make_plan(settings: AutointerpConfig, spec: Spec, asked: Asked, corpus: Corp
             costs(
                 asked,
                 n_experts,
+                n_labels,
                 items=settings.items,
                 fuzz=settings.fuzz,
                 control=settings.control,

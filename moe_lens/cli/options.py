@@ -47,7 +47,8 @@ Resume = Annotated[
 
 _METAVARS = {"output": "DIR", "baseline": "MODEL", "max_memory": "SIZE", "max_tokens": "N", "limit": "N", "seed": "N"}
 _METAVARS |= dict.fromkeys(
-    ("draws", "permutations", "splits", "items", "facets", "max_calls", "concurrency", "reply_tokens"), "N"
+    ("draws", "permutations", "splits", "items", "facets", "max_calls", "token_budget", "concurrency", "reply_tokens"),
+    "N",
 )
 _METAVARS |= {"timeout": "SECONDS", "labels": "FILE"}
 

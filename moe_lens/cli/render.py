@@ -85,7 +85,7 @@ def count(value: float) -> str:
 def size(n_bytes: float) -> str:
     """``1.5 MB``, powers of 1000."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= limit:
+        if n_bytes >= 0.9995 * limit:
             return f"{n_bytes / limit:.3g} {unit}"
     return f"{n_bytes:.0f} B"
 

@@ -29,7 +29,9 @@ def labels(found: Labels, *, n_shown: int = N_SHOWN) -> None:
     best(found, n_shown)
     means(found.summary)
     if trouble := {name: n for name, n in found.outcomes.items() if n and name not in ("ok", "cached")}:
-        typer.echo("requests without a usable reply: " + ", ".join(f"{n} {name}" for name, n in trouble.items()))
+        causes = ", ".join(f"{n} {cause}" for cause, n in found.failures.items())
+        words = [f"{n} {name}" + (f" ({causes})" if name == "failed" and causes else "") for name, n in trouble.items()]
+        typer.echo("requests without a usable reply: " + ", ".join(words))
     typer.echo("")
     typer.echo(found.finding())
 
@@ -47,7 +49,9 @@ def best(found: Labels, n_shown: int) -> None:
         ]
         for row in frame.head(n_shown).to_dict("records")
     ]
-    left = len(frame) - len(rows)
+    left = int((frame["status"] == "ok").sum()) - sum(
+        row["status"] == "ok" for row in frame.head(n_shown).to_dict("records")
+    )
     table(
         f"Labels of {found.labeller}, by AUROC against the same token id, not routed",
         ["expert", ">AUROC", ">95 % interval", ">pairs", "label"],
@@ -93,9 +97,13 @@ def plan(found: LabelPlan) -> None:
     if not found.costs:
         typer.echo("no language model is asked")
         return
-    rows = [[cost.task, cost.model, f"{cost.calls:,}", count(cost.tokens_in)] for cost in found.costs]
-    rows.append(["all", "", f"{found.calls:,}", count(found.tokens_in)])
-    note = "at most: replies in the cache cost nothing, unusable replies are asked for once more"
-    table("Requests", ["task", "model", ">calls", ">input tokens"], rows, note=note)
+    costs = [(c.task, c.model, c.calls, c.tokens_in, c.tokens_out) for c in found.costs]
+    costs.append(("all", "", found.calls, found.tokens_in, found.tokens_out))
+    rows = [[task, model, f"{calls:,}", count(read), count(wrote)] for task, model, calls, read, wrote in costs]
+    note = (
+        "calls if every expert gets a label; replies in the cache cost nothing, unusable ones are asked for once more; "
+        "tokens are rough, texts other than English prose can have twice as many"
+    )
+    table("Requests", ["task", "model", ">calls", ">tokens in", ">tokens out"], rows, note=note)
     if found.max_calls is not None and found.max_calls < found.calls:
         typer.echo(f"--max-calls {found.max_calls:,} leaves {found.calls - found.max_calls:,} of them unasked")

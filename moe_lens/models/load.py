@@ -100,8 +100,8 @@ def require_moe(spec: Spec) -> None:
     source.refuse_quantised(spec.name, spec.quantisation)
     if not spec.is_moe:
         raise NotAnMoE(
-            f"{spec.name!r} is a dense model ({spec.model_type}): give a Mixture-of-Experts model here, "
-            "and the dense one with --baseline"
+            f"{spec.name!r} is a dense model ({spec.model_type}): give a Mixture-of-Experts model here; "
+            "moe-lens probe takes the dense one with --baseline"
         )
 
 

@@ -50,9 +50,11 @@ def test_facets_of_one_expert_are_numbered(tmp_path: Path) -> None:
         ("layer,expert,label\n1,2,\n", r"row 2: the label of L1.E2 is empty"),
         ("layer,expert,label\n1,2,a\n1,2,b\n", r"two labels for L1.E2"),
         ("layer,expert,label\n1,x,a\n", "cannot read 'x' as a number"),
-        ("layer,expert,label,rule\n1,2,a,(\n", r"row 2: its rule: bad regular expression"),
+        ("layer,expert,label,rule\n1,2,a,(\n", r"row 2: the rule of L1\.E2: bad regular expression"),
         ("layer,expert,label\n", "holds no label"),
-        ("", "is not a CSV file"),
+        ("", "has no column 'layer'"),
+        ("layer,expert,label\n1,2,a,b\n", "not as many fields"),
+        ("layer,expert,label\n1,2\n", "not as many fields"),
         ('layer,expert,label\n1,2,"a\n', "is not a CSV file"),
     ],
 )

@@ -24,8 +24,9 @@ from moe_lens.autointerp.published import (
 )
 from moe_lens.autointerp.replies import Outcome, ReplySchema
 from moe_lens.autointerp.scoring.metrics import binary_scores
+from moe_lens.autointerp.scoring.resampled import FITS
 from moe_lens.errors import BadConfig
-from tests.autointerp.published_files import FULL, YES, Replay, expert, write_full, write_summary
+from tests.autointerp.published_files import FULL, Replay, expert, write_full, write_summary
 
 SHARED = Path(os.environ.get("MOE_LENS_REFERENCE", Path(moe_lens.__file__).parents[2] / "shared" / "reference"))
 RELEASED = SHARED / "expert_strikes_back" / "autointerp"
@@ -279,7 +280,7 @@ def round_trip(path: Path, serve: Any, cache: Path) -> None:
     ]
     truth = np.array([entry["labels"] for entry, _ in answered], bool).T
     grades = np.array([list(scores.values()) for _, scores in answered]).T
-    found = binary_scores(truth, grades == YES)
+    found = binary_scores(truth, grades >= FITS)
     for name in ("precision", "recall", "f1"):
         expected = [entry["metrics"][METRICS[name]] for entry, _ in answered]
         np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-15, err_msg=name)

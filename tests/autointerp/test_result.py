@@ -73,7 +73,7 @@ def test_a_model_that_judges_itself_is_named(labels: Labels) -> None:
 
 def test_without_scores_there_is_no_number(labels: Labels) -> None:
     empty = Labels(labels.labels, scores(), means()[:0], labels.answers, labels.exemplars)
-    assert "No label could be scored" in empty.finding()
+    assert "None could be scored on tokens of the same id" in empty.finding()
     assert empty.frame["auroc"].isna().all()
     figure: Any = empty.plot()
     assert len(figure.data) == 0

@@ -183,12 +183,63 @@ def test_a_labeller_that_finds_nothing_is_a_result_and_takes_nothing_away(
     outcome = cli(*words, "--base-url", server.url)
     assert outcome.code == 0, outcome.err
     assert f"0 of {N_EXPERTS} experts have a label" in outcome.out
-    assert "No label could be scored" in outcome.out
+    assert "None could be scored on tokens of the same id" in outcome.out
     labels = pd.read_parquet(run / "labels.parquet")
     assert set(labels["labeller"]) == {"lexical", "openai:loop-1"}
     assert set(labels[labels["labeller"] == "openai:loop-1"]["status"]) == {"abstained"}
     pd.testing.assert_frame_equal(pd.read_parquet(run / "label_scores.parquet"), scores)
     assert cli(*words, "--base-url", server.url).out == outcome.out
+
+
+def test_labelling_fewer_experts_keeps_the_labels_of_the_others(
+    cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer
+) -> None:
+    options = (*words, "--base-url", server.url)
+    assert cli(*options).code == 0
+    before = {table: pd.read_parquet(run / f"{table}.parquet") for table in ("labels", "label_scores", "label_summary")}
+    asked = questions(server)
+    assert cli(*options, "--experts", "L0.E1").code == 0
+    assert questions(server) == asked
+    assert cli(*options, "--experts", "L0.E1", "--facets", 2).code == 0
+    labels = pd.read_parquet(run / "labels.parquet")
+    assert labels.groupby(["layer", "expert"]).size().to_dict() == {
+        (layer, expert): 1 + ((layer, expert) == (0, 1)) for layer in (0, 1) for expert in range(6)
+    }
+    assert cli(*options).code == 0
+    for table, frame in before.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(run / f"{table}.parquet"), frame)
+
+
+def test_a_server_that_answers_nothing_fails_the_run_and_replaces_nothing(
+    cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer
+) -> None:
+    options = (*words, "--base-url", server.url, "--experts", "L0.E1")
+    assert cli(*options).code == 0
+    tables = {path.name: path.read_bytes() for path in run.glob("*.parquet")}
+    server.behave = lambda asked: Answer(raw=LIST) if asked.path.endswith("/models") else Answer.error(500)
+    outcome = cli(*options, "--items", 10, "--no-control", "--no-fuzz", "--labeller", "openai:other")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "HTTP 500" in outcome.err
+    assert {path.name: path.read_bytes() for path in run.glob("*.parquet")} == tables
+
+
+def test_a_token_budget_ends_the_calls(cli: Cli, words: tuple[object, ...], server: LLMServer) -> None:
+    outcome = cli(*words, "--base-url", server.url, "--token-budget", 500, "--concurrency", 1)
+    assert outcome.code == 0, outcome.err
+    assert "budget" in outcome.out
+    assert len(questions(server)) == 5  # the server says 110 tokens a call
+
+
+def test_a_text_without_validate_documents_is_no_error(
+    cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer
+) -> None:
+    options = (*words, "--limit", 4, "--base-url", server.url)
+    outcome = cli(*options)
+    assert outcome.code == 0, outcome.err
+    exemplars = pd.read_parquet(run / "exemplars.parquet")
+    assert exemplars["char_start"].dtype == exemplars["char_end"].dtype == "int64"
+    visited = exemplars[exemplars["routed"]].iloc[0]
+    assert cli("show", f"L{visited['layer']}.E{visited['expert']}", "-o", "runs/a").code == 0
 
 
 def test_a_dry_run_counts_the_requests_and_writes_nothing(

@@ -137,6 +137,8 @@ def label_scores(
     nor that the label is the best or the only one. With 20 items a side, an AUROC of .7 is two standard errors from
     chance (.092 each, more if documents are alike); of a hundred worthless labels some two or three have an interval
     above .5. Where every draw agrees, as at AUROC 1, the interval has no width and still is not certainty.
+    Token ids are matched once, not in every draw: on same_token the unigram table is at .5, and moves a little between
+    draws, which makes its margin's interval somewhat wide.
     ``coverage`` is of positives of which half are spread evenly over the score, not of all routed tokens.
     """
     rows = _judged(items, answers, labels, baselines, seed)

@@ -1,0 +1,141 @@
+"""Comprehensiveness and sufficiency of rankings over bins, a panel for each score and mode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_lens.plots import BLUE, GREEN, MUTED, ORANGE, PINK, RED, SKY, empty, faint, layout, number, spread
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from moe_lens.causal.faithfulness.result import Faithfulness
+
+_HUES = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
+_DASHES = ("solid", "dash", "dot")
+_PANEL, _HEIGHT, _NAMES, _LEFT = 330, 640, 96, 66
+"""Pixels: width of a panel, height of all, room for the names of lines, left margin."""
+_SIDES = (("comprehensiveness_kl", "without the first, KL"), ("sufficiency_kl", "with only the first, KL"))
+
+
+def curves(result: Faithfulness) -> go.Figure:
+    """KL from the full model when the first experts of a ranking go (top row), or only they stay (bottom row).
+
+    Lines carry 95 % intervals over documents; the grey band holds 95 % of the random sets of all rankings, its line
+    their mean. Super experts are in the universe here. Bins are drawn at equal distances.
+    """
+    from plotly.subplots import make_subplots
+
+    frame = result.frame[(result.frame["super_experts"] == "included") & (result.frame["quantity"] == "bin")]
+    own = frame[frame["control"] == "none"]
+    modes = list(dict.fromkeys(own["mode"]))
+    width = _LEFT + len(modes) * (_PANEL + _NAMES)
+    if not len(own):
+        return empty("No ranking was scored", width=width, height=200)
+    figure = make_subplots(2, len(modes), horizontal_spacing=_NAMES / (width - _LEFT), vertical_spacing=0.1)
+    title, subtitle = _titles(result, modes)
+    layout(figure, title, subtitle, width=max(width, 560), height=_HEIGHT, left=_LEFT, right=_NAMES, above=34)
+    for column, mode in enumerate(modes, 1):
+        for row, (score, name) in enumerate(_SIDES, 1):
+            at: dict[str, Any] = {"row": row, "col": column}
+            _band(figure, _drawn(result, mode), score, at)
+            _lines(figure, own[own["mode"] == mode], score, at)
+            shares = sorted(set(own["bin"]))
+            figure.update_xaxes(
+                tickvals=list(range(len(shares))), ticktext=[f"{100 * share:g} %" for share in shares],
+                range=[-0.25, len(shares) - 0.75], **at,
+            )  # fmt: skip
+            if column == 1:
+                figure.update_yaxes(title={"text": name, "standoff": 6}, **at)
+            figure.update_yaxes(rangemode="tozero", **at)
+        left = _subplot(figure, 1, column).xaxis.domain[0]
+        figure.add_annotation(
+            text=f"<b>{mode}</b>", x=left, y=1, xref="paper", yref="paper", xanchor="left", yanchor="bottom",
+            yshift=6, showarrow=False, font={"size": 13},
+        )  # fmt: skip
+        figure.update_xaxes(title=_share_of(own), row=2, col=column)
+    return figure
+
+
+def _titles(result: Faithfulness, modes: list[str]) -> tuple[str, str]:
+    n = result.frame.loc[result.frame["control"] == "none", "ranking"].nunique()
+    better = []
+    for mode in modes:
+        at = result.gaps
+        at = at[(at["mode"] == mode) & (at["quantity"] == "aopc") & (at["super_experts"] == "included")]
+        at = at[(at["control"] == "random") & (at["score"] == "comprehensiveness_kl")]
+        better.append(f"{int(((at['p'] < 0.05) & (at['low'] > result.noise.kl)).sum())} under {mode}")
+    head = f"Of {n} rankings, {' and '.join(better)} find experts that matter more than random ones"
+    if not len(result.draws):
+        head = f"{n} rankings without a random control"
+    return head, (
+        f"high is good above, low below; nats per token, {result.n_documents} documents; bars: 95 % over documents"
+        "<br>grey: 95 % of random sets with as many experts in each layer, and their mean"
+    )
+
+
+def _share_of(own: pd.DataFrame) -> str:
+    what = "gate mass" if own["axis"].iloc[0] == "gate-mass" else "experts"
+    return f"share of the {what}" + (" of each layer" if own["universe"].iloc[0] == "per-layer" else "")
+
+
+def _drawn(result: Faithfulness, mode: str) -> pd.DataFrame:
+    at = result.draws
+    at = at[(at["mode"] == mode) & (at["control"] == "random") & (at["super_experts"] == "included")]
+    return at[at["quantity"] == "bin"]
+
+
+def _band(figure: go.Figure, drawn: pd.DataFrame, score: str, at: dict[str, Any]) -> None:
+    if not len(drawn):
+        return
+    grouped = drawn.groupby("bin")[score]
+    low, high, mean = grouped.quantile(0.025), grouped.quantile(0.975), grouped.mean()
+    x = list(range(len(mean)))
+    figure.add_scatter(
+        x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=faint(MUTED, 0.16), line={"width": 0},
+        mode="lines", hoverinfo="skip", **at,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=x, y=mean, mode="lines", line={"color": MUTED, "width": 1.2, "dash": "dot"}, name="random",
+        hovertemplate="random %{y:.3f}<extra></extra>", **at,
+    )  # fmt: skip
+
+
+def _lines(figure: go.Figure, own: pd.DataFrame, score: str, at: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(own["ranking"]))
+    spread_x = 0.06 * (np.arange(len(names)) - (len(names) - 1) / 2)
+    ends = []
+    for i, name in enumerate(names):
+        rows = own[own["ranking"] == name].sort_values("bin")
+        y = rows[score].to_numpy(float)
+        hue = _HUES[i % len(_HUES)]
+        text = [
+            f"<b>{name}</b> {100 * share:g} %: {number(value)} [{number(low)}, {number(high)}], {n} experts"
+            for share, value, low, high, n in zip(
+                rows["bin"], y, rows[f"{score}_low"], rows[f"{score}_high"], rows["n_units"], strict=True
+            )
+        ]
+        figure.add_scatter(
+            x=np.arange(len(y)) + spread_x[i], y=y, mode="lines+markers", name=name, text=text,
+            line={"color": hue, "width": 2, "dash": _DASHES[i // len(_HUES) % len(_DASHES)]},
+            marker={"size": 6, "color": hue}, hovertemplate="%{text}<extra></extra>",
+            error_y={"type": "data", "array": rows[f"{score}_high"] - y, "arrayminus": y - rows[f"{score}_low"],
+                     "thickness": 1, "width": 0, "color": faint(hue, 0.6)}, **at,
+        )  # fmt: skip
+        ends.append((name, hue, float(y[-1])))
+    highest = max(float(own[f"{score}_high"].max()), float(own[score].max()))
+    places = spread([end for *_, end in ends], 0.07 * highest)
+    axis = _subplot(figure, at["row"], at["col"])
+    for (name, hue, _), y in zip(ends, places, strict=True):
+        figure.add_annotation(
+            text=name, x=own["bin"].nunique() - 0.78, y=y, xref=axis.xaxis.plotly_name.replace("axis", ""),
+            yref=axis.yaxis.plotly_name.replace("axis", ""), xanchor="left", showarrow=False,
+            font={"color": hue, "size": 12},
+        )  # fmt: skip
+
+
+def _subplot(figure: go.Figure, row: int, column: int) -> Any:
+    return figure.get_subplot(row, column)

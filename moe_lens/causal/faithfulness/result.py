@@ -1,0 +1,193 @@
+"""``Faithfulness``: the frozen result of scoring rankings of experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from moe_lens.causal.faithfulness.tables import AOPC, SCORES
+from moe_lens.plots import rows_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from moe_lens.causal.effects import NoiseFloor
+    from moe_lens.causal.faithfulness.sets import Bins
+
+ALPHA = 0.05
+ENOUGH_MATCHED = 0.5
+"""Share of experts with a match of like load from which the load-matched control is quoted."""
+
+
+@dataclass(frozen=True, repr=False)
+class Faithfulness:
+    """How much the model loses without the experts that a ranking puts first, and how much with only those.
+
+    Nats per prediction. High comprehensiveness and low sufficiency are good, against random sets with as many experts
+    in each layer. A ranking that beats them names experts that matter together under one mode of ablation; it does
+    not say what they do, and AOPC does not compare models.
+    """
+
+    frame: pd.DataFrame
+    """faithfulness.parquet: one row per ranking, mode, super_experts, bin or area, and control. Each of four scores
+    with _low and _high (95 %, documents; of controls also draws) and _p (rank among the random sets)."""
+    gaps: pd.DataFrame = field(repr=False)
+    """Ranking against control, positive is better; see `tables.Tabulator.gaps`."""
+    draws: pd.DataFrame = field(repr=False)
+    """Scores of each control set."""
+    circuit: pd.DataFrame = field(repr=False)
+    """Circuit faithfulness, completeness, CPR and CMD on log-probabilities."""
+    naopc: pd.DataFrame = field(repr=False)
+    agreement: pd.DataFrame = field(repr=False)
+    """With leave-one-out; empty where that was not ranked."""
+    stability: pd.DataFrame = field(repr=False)
+    """Between two halves of the ranking text."""
+    alignment: pd.DataFrame = field(repr=False)
+    """Importance against routing, by layer."""
+    routing_spread: pd.DataFrame = field(repr=False)
+    churn: pd.DataFrame = field(repr=False)
+    """Share of the top-k that changes when the largest bin goes, by layer."""
+    units: pd.DataFrame = field(repr=False)
+    """Every expert with load, gate mass, largest output, and its scores."""
+    bins: Bins
+    noise: NoiseFloor
+    n_documents: int
+    n_tokens: int
+    """Predictions scored."""
+    n_passes: int
+    reference: str = ""
+    """Digest of the text that mean, mean_off and resample take their values from."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def super_experts(self) -> list[str]:
+        """Experts with extreme outputs, as addresses; where there are some, all is scored without them as well."""
+        rows = self.units[self.units["is_super"]]
+        return [f"L{layer}.E{expert}" for layer, expert in zip(rows["layer"], rows["expert"], strict=True)]
+
+    @property
+    def areas(self) -> pd.DataFrame:
+        """AOPC of every ranking, mode and control."""
+        columns = ["ranking", "mode", "super_experts", "control", *SCORES]
+        return self.frame.loc[self.frame["quantity"] == AOPC, columns].reset_index(drop=True)
+
+    def finding(self) -> str:
+        """Which rankings beat random sets, in plain English, with what limits the answer."""
+        said = []
+        floor = f"{self.noise.kl:.1e}" if self.noise.kl else "0"
+        said.append(
+            f"{self.n_documents} documents, {self.n_tokens:,} predictions; noise floor of KL {floor} nats, of the mean "
+            f"log-probability {self.noise.mean_nll:.1e}."
+        )
+        for mode in self.frame["mode"].unique():
+            said.append(self._about(mode))
+        if (order := self._order_changes()) is not None:
+            said.append(order)
+        said += self._aligned()
+        if found := self.super_experts:
+            said.append(
+                f"{', '.join(found)} write extreme outputs: rows with super_experts=excluded never ablate them."
+            )
+        kept = self.frame[(self.frame["control"] == "none") & (self.frame["quantity"] == "bin")]
+        if most := int(kept["layers_emptied"].max()):
+            said.append(f"Sufficiency leaves up to {most} layers without a routed expert (layers_emptied).")
+        return " ".join(said + [f"{note[0].upper()}{note[1:]}." for note in self.notes])
+
+    def _about(self, mode: str) -> str:
+        at = self.gaps
+        at = at[(at["mode"] == mode) & (at["quantity"] == AOPC) & (at["super_experts"] == "included")]
+        at = at[at["control"] == "random"]
+        if not len(at):
+            return f"{mode}: no random control was drawn, so the scores have nothing to be compared with."
+        parts = []
+        for score, name in (("comprehensiveness_kl", "comprehensiveness"), ("sufficiency_kl", "sufficiency")):
+            rows = at[at["score"] == score].sort_values("gap", ascending=False, kind="stable")
+            best: Any = next(rows.itertuples())
+            better = rows[(rows["p"] < ALPHA) & (rows["low"] > self.noise.kl)]
+            parts.append(
+                f"{name} of {best.ranking} {best.value:.3f}, random {best.control_value:.3f}, gap {best.gap:+.3f} "
+                f"[{best.low:+.3f}, {best.high:+.3f}], p {best.p:.2f}, and {len(better)} of {len(rows)} rankings beat "
+                "random"
+            )
+        said = f"{mode}: {'; '.join(parts)} (AOPC in KL, nats; p uncorrected for {at['ranking'].nunique()} rankings)."
+        return " ".join([said, *self._matched(mode)])
+
+    def _matched(self, mode: str) -> list[str]:
+        """How the rankings do against sets of equal load, if those were drawn."""
+        at = self.gaps[(self.gaps["mode"] == mode) & (self.gaps["quantity"] == AOPC)]
+        at = at[(at["super_experts"] == "included") & (at["control"] == "load-matched")]
+        at = at[at["score"] == "comprehensiveness_kl"]
+        if not len(at):
+            return []
+        shares = self.frame[(self.frame["mode"] == mode) & (self.frame["super_experts"] == "included")]
+        matched = shares.groupby("ranking")["matched_share"].mean()
+        usable = at[at["ranking"].map(matched) >= ENOUGH_MATCHED]
+        low, high = 100 * matched.min(), 100 * matched.max()
+        said = f"{low:.0f} to {high:.0f} % of experts have a match of like load and gate mass in their layer"
+        if not len(usable):
+            return [f"Only {said}, too few for a load-matched control."]
+        better = list(usable.loc[usable["low"] > self.noise.kl, "ranking"])
+        return [f"Ahead of load-matched sets: {', '.join(better) or 'none'} of {len(usable)} with a match ({said})."]
+
+    def _aligned(self) -> list[str]:
+        rows = self.alignment[self.alignment["layer"].isna() & (self.alignment["importance"] == "gradient")]
+        parts = [
+            f"{row.spearman:.2f} [{row.spearman_low:.2f}, {row.spearman_high:.2f}] with {row.routing}"
+            for row in rows_of(rows)
+        ]
+        return [f"Within layers, importance by gradient correlates {', '.join(parts)} (Spearman)."] if parts else []
+
+    def _order_changes(self) -> str | None:
+        rows = self.areas
+        rows = rows[(rows["control"] == "none") & (rows["super_experts"] == "included")]
+        if rows["mode"].nunique() < 2 or rows["ranking"].nunique() < 2:
+            return None
+        best = rows.loc[rows.groupby("mode", sort=False)["comprehensiveness_kl"].idxmax(), ["mode", "ranking"]]
+        if best["ranking"].nunique() == 1:
+            return None
+        listed = ", ".join(f"{ranking} under {mode}" for mode, ranking in best.itertuples(index=False))
+        return f"The most comprehensive ranking depends on the mode: {listed}."
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Every table by the name under which a run directory keeps it."""
+        names = ("gaps", "draws", "circuit", "naopc", "agreement", "stability", "alignment", "churn", "units")
+        more = {f"faithfulness_{name}": getattr(self, name) for name in names}
+        return {"faithfulness": self.frame, **more, "faithfulness_routing": self.routing_spread}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for ``--json``."""
+        at = self.gaps[(self.gaps["quantity"] == AOPC)].drop(columns="bin")
+        return {
+            "finding": self.finding(),
+            "bins": {"shares": list(self.bins.shares), "rounding": self.bins.rounding,
+                     "include_zero": self.bins.include_zero, "aggregate": self.bins.aggregate},
+            "noise": {"nll": self.noise.nll, "kl": self.noise.kl, "mean_nll": self.noise.mean_nll},
+            "n_documents": self.n_documents, "n_tokens": self.n_tokens, "n_passes": self.n_passes,
+            "reference": self.reference,
+            "super_experts": self.super_experts, "notes": list(self.notes),
+            "aopc": _plain(self.areas), "gaps": _plain(at), "agreement": _plain(self.agreement),
+            "stability": _plain(self.stability), "alignment": _plain(self.alignment),
+        }  # fmt: skip
+
+    def plot(self) -> go.Figure:
+        """Comprehensiveness and sufficiency over bins, one line a ranking, with the band of random sets."""
+        from moe_lens.causal.faithfulness.figure import curves
+
+        return curves(self)
+
+    def __repr__(self) -> str:
+        return f"Faithfulness({self.frame['ranking'].nunique()} rankings)\n{self.finding()}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = self.areas.sort_values(["mode", "ranking"], kind="stable")
+        table = rows.to_html(index=False, float_format=lambda value: f"{value:.3f}", border=0)
+        return f"<p>{escape(self.finding())}</p>{table}"
+
+
+def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows with None where there is no value."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
