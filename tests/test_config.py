@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,8 @@ def test_every_setting_has_a_help_text() -> None:
 
 def test_every_prompt_is_hashed_by_content_and_carries_a_version() -> None:
     hashes = prompt_hashes()
-    assert {"explain.md", "detection.md", "fuzz.md", "trigger.md"} <= hashes.keys()
+    assert {"explain.md", "facets.md", "detection.md", "fuzz.md", "trigger.md"} <= hashes.keys()
     for name, found in hashes.items():
         content = (prompts_dir() / name).read_bytes()
         assert found == hashlib.sha256(content).hexdigest()
-        assert content.startswith(b"---\nversion: 1\n")
+        assert re.match(rb"---\nversion: [1-9]\d*\n", content)

@@ -285,8 +285,9 @@ def test_a_server_that_does_everything_wrong_costs_abstentions_and_not_the_run(
         }  # fmt: skip
         said = re.search(r"^requests without a usable reply: (.*)$", done.stdout, re.MULTILINE)
         assert said is not None
-        counts = {name: int(n) for n, name in (part.split(" ") for part in said[1].split(", "))}
-        assert counts == bad.expected
+        counted = re.findall(r"(\d+) (\w+)(?: \(([^)]*)\))?", said[1])
+        assert {name: int(n) for n, name, _ in counted} == bad.expected
+        assert {name: causes for _, name, causes in counted if causes} == {"failed": "1 HTTP 503"}
 
         labels = pd.read_parquet(tmp_path / "a" / "labels.parquet")
         assert labels["status"].value_counts().to_dict() == {"ok": 9, "abstained": 2, "refused": 1}
