@@ -27,6 +27,7 @@ LABEL_COLUMNS = (
     *KEY, "label", "rule", "labeller", "model_id", "prompt_hash", "n_exemplars", "confidence", "evidence", "status",
     "why",
 )  # fmt: skip
+_LABELLERS = r"lexical$|openai:|gguf:"
 _WHOLE = {"layer": "int64", "expert": "int64", "facet": "int64", "n_exemplars": "int64", "confidence": "Int64"}
 
 
@@ -65,6 +66,8 @@ def usable(labels: pd.DataFrame) -> pd.DataFrame:
 def given_labels(table: pd.DataFrame) -> pd.DataFrame:
     """A person's table of labels, held to what a CSV file is held to; the labeller is ``given`` unless it is named.
 
+    Labels of one of our own labellers (``lexical``, ``openai:...``, ``gguf:...``) go by ``given:lexical`` and so on.
+
     Raises:
         BadConfig: a missing column, an empty label, a rule that does not compile, two labels for one expert, or
             labels of several labellers.
@@ -73,7 +76,9 @@ def given_labels(table: pd.DataFrame) -> pd.DataFrame:
     if missing:
         raise BadConfig(f"the table of labels has no column {missing[0]!r}: give layer, expert and label")
     named = table["labeller"] if "labeller" in table else pd.Series("", index=table.index)
-    named = named.astype(object).where(named.notna() & (named != ""), "given")
+    named = named.astype(object).where(named.notna() & (named != ""), "given").astype(str)
+    # else they would take the place of that labeller's own in a run directory
+    named = named.where(~named.str.match(_LABELLERS), "given:" + named)
     if named.nunique() > 1:
         raise BadConfig(f"the table holds labels of {', '.join(sorted(map(str, named.unique())))}: give one labeller's")
     records = with_none(table.assign(labeller=named, rule=table.get("rule"))).to_dict("records")

@@ -85,6 +85,11 @@ def test_a_table_needs_no_labeller() -> None:
     assert given_labels(pd.DataFrame({**ONE, "labeller": ["me"]}))["labeller"].tolist() == ["me"]
 
 
+@pytest.mark.parametrize("name", ["lexical", "openai:gpt", "gguf:small.gguf"])
+def test_a_table_never_goes_by_the_name_of_a_labeller(name: str) -> None:
+    assert given_labels(pd.DataFrame({**ONE, "labeller": [name]}))["labeller"].tolist() == [f"given:{name}"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
