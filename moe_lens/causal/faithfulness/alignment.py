@@ -16,7 +16,7 @@ from moe_lens.stats import document_multiplicities
 from moe_lens.types import ExpertTap, Role
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from numpy import ndarray
 
     from moe_lens.causal.effects import Effects
@@ -29,11 +29,19 @@ FEWEST = 4
 """Visited units of a layer below which a rank correlation says nothing."""
 
 
-def routing_alignment(importance: Sequence[Ranking], v: Visits, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
+def routing_alignment(
+    importance: Sequence[Ranking],
+    v: Visits,
+    *,
+    member: Bool[ndarray, "unit"] | None = None,
+    draws: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Rank correlation between the importance of units and where tokens go, layer by layer.
 
-    Units that no token visits are left out: they agree trivially. The row with layer NA is the mean over layers, so
-    that differences between layers do not count. Intervals are over documents, resampled on both sides.
+    Units that no token visits are left out, since they agree trivially, and those outside `member`. The row with
+    layer NA is the mean over layers, so that differences between layers do not count. Intervals are over documents,
+    resampled on both sides.
 
     Columns: importance, routing (load, gate_mass, gate_norm), layer, n_units, spearman, spearman_low,
     spearman_high, kendall (tau-b), partial_spearman (given load; NaN for load itself).
@@ -42,7 +50,8 @@ def routing_alignment(importance: Sequence[Ranking], v: Visits, *, draws: int = 
     """
     n = len(v.n_tokens)
     times = np.concatenate([np.ones((1, n)), document_multiplicities(n, draws, seed=seed)])
-    layers = [np.flatnonzero((v.layer == at) & (v.load.sum(0) > 0)) for at in np.unique(v.layer)]
+    counted = v.load.sum(0) > 0 if member is None else member & (v.load.sum(0) > 0)
+    layers = [at for layer in np.unique(v.layer) if len(at := np.flatnonzero((v.layer == layer) & counted))]
     rows = []
     for ranking in importance:
         if ranking.name in ROUTING_NUMBERS:

@@ -1,4 +1,4 @@
-"""Comprehensiveness and sufficiency of rankings over bins, a panel for each score and mode."""
+"""Figures of a `Faithfulness`: scores of rankings over bins, and whether importance follows routing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lens.plots import BLUE, GREEN, MUTED, ORANGE, PINK, RED, SKY, empty, faint, layout, number, spread
+from moe_lens.plots import BLUE, GREEN, MUTED, ORANGE, PINK, RED, SKY, empty, faint, layout, number, rows_of, spread
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
     import plotly.graph_objects as go
 
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
 
 _HUES = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
 _DASHES = ("solid", "dash", "dot")
-_PANEL, _HEIGHT, _NAMES, _LEFT = 330, 640, 96, 66
-"""Pixels: width of a panel, height of all, room for the names of lines, left margin."""
+_PANEL, _HEIGHT, _LEFT = 330, 640, 66
+"""Pixels: width of a panel, height of all, left margin."""
+_CHARACTER, _TICKS = 6.8, 34
+"""Pixels that a character of a line's name takes, and the tick labels of the next panel."""
 _SIDES = (("comprehensiveness_kl", "without the first, KL"), ("sufficiency_kl", "with only the first, KL"))
 
 
@@ -32,12 +36,13 @@ def curves(result: Faithfulness) -> go.Figure:
     frame = result.frame[(result.frame["super_experts"] == "included") & (result.frame["quantity"] == "bin")]
     own = frame[frame["control"] == "none"]
     modes = list(dict.fromkeys(own["mode"]))
-    width = _LEFT + len(modes) * (_PANEL + _NAMES)
+    names = _room(own["ranking"])
+    width = _LEFT + len(modes) * (_PANEL + names)
     if not len(own):
         return empty("No ranking was scored", width=width, height=200)
-    figure = make_subplots(2, len(modes), horizontal_spacing=_NAMES / (width - _LEFT), vertical_spacing=0.1)
+    figure = make_subplots(2, len(modes), horizontal_spacing=names / (width - _LEFT), vertical_spacing=0.1)
     title, subtitle = _titles(result, modes)
-    layout(figure, title, subtitle, width=max(width, 560), height=_HEIGHT, left=_LEFT, right=_NAMES, above=34)
+    layout(figure, title, subtitle, width=max(width, 560), height=_HEIGHT, left=_LEFT, right=names, above=34)
     for column, mode in enumerate(modes, 1):
         for row, (score, name) in enumerate(_SIDES, 1):
             at: dict[str, Any] = {"row": row, "col": column}
@@ -58,6 +63,11 @@ def curves(result: Faithfulness) -> go.Figure:
         )  # fmt: skip
         figure.update_xaxes(title=_share_of(own), row=2, col=column)
     return figure
+
+
+def _room(names: Iterable[str]) -> int:
+    """Pixels to the right of a panel for the names of its lines."""
+    return round(_CHARACTER * max(map(len, names), default=0)) + _TICKS
 
 
 def _titles(result: Faithfulness, modes: list[str]) -> tuple[str, str]:
@@ -132,6 +142,91 @@ def _lines(figure: go.Figure, own: pd.DataFrame, score: str, at: dict[str, Any])
     for (name, hue, _), y in zip(ends, places, strict=True):
         figure.add_annotation(
             text=name, x=own["bin"].nunique() - 0.78, y=y, xref=axis.xaxis.plotly_name.replace("axis", ""),
+            yref=axis.yaxis.plotly_name.replace("axis", ""), xanchor="left", showarrow=False,
+            font={"color": hue, "size": 12},
+        )  # fmt: skip
+
+
+_ROUTING = {"load": ("load", BLUE), "gate_mass": ("gate mass", ORANGE), "gate_norm": ("gate × norm", GREEN)}
+
+
+def alignment(result: Faithfulness) -> go.Figure:
+    """Spearman between importance and routing numbers in each layer, a panel for each importance.
+
+    Bars are 95 % intervals over documents of the ranking text. A layer has a line's point only where at least four of
+    its experts are visited.
+    """
+    from plotly.subplots import make_subplots
+
+    frame = result.alignment[result.alignment["layer"].notna() & result.alignment["spearman"].notna()]
+    kinds = list(dict.fromkeys(frame["importance"]))
+    if not kinds:
+        return empty("No layer has enough visited experts to correlate", width=560, height=200)
+    layers = sorted(set(frame["layer"].astype(int)))
+    panel = max(_PANEL, 26 * len(layers))
+    names = _room([name for name, _ in _ROUTING.values()])
+    width = _LEFT + len(kinds) * (panel + names)
+    figure = make_subplots(1, len(kinds), horizontal_spacing=names / (width - _LEFT), shared_yaxes=True)
+    subtitle = (
+        "rank correlation of importance with routing, among the visited experts of a layer"
+        "<br>bars: 95 % over documents; 0 means that routing says nothing about importance"
+    )
+    layout(
+        figure, _follows(result, kinds[0]), subtitle, width=max(width, 560), height=380, left=_LEFT, right=names,
+        above=34,
+    )  # fmt: skip
+    for column, kind in enumerate(kinds, 1):
+        _alignment_lines(figure, frame[frame["importance"] == kind], layers, column)
+        left = _subplot(figure, 1, column).xaxis.domain[0]
+        figure.add_annotation(
+            text=f"<b>importance by {kind.replace('_', ' ')}</b>", x=left, y=1, xref="paper", yref="paper",
+            xanchor="left", yanchor="bottom", yshift=6, showarrow=False, font={"size": 13},
+        )  # fmt: skip
+        every = max(1, len(layers) // 16)
+        figure.update_xaxes(
+            tickvals=list(range(0, len(layers), every)), ticktext=[f"L{layer}" for layer in layers[::every]],
+            range=[-0.4, len(layers) - 0.6], row=1, col=column,
+        )  # fmt: skip
+    lowest = min(0.0, float(np.nanmin(frame[["spearman", "spearman_low"]].to_numpy(float))))
+    figure.update_yaxes(range=[max(-1.0, lowest) - 0.05, 1.05], tickvals=[-1, -0.5, 0, 0.5, 1])
+    figure.update_yaxes(title={"text": "Spearman", "standoff": 6}, row=1, col=1)
+    figure.add_hline(y=0, line={"color": MUTED, "width": 1})
+    return figure
+
+
+def _follows(result: Faithfulness, kind: str) -> str:
+    at = result.alignment[result.alignment["layer"].isna() & (result.alignment["importance"] == kind)]
+    rows = [row for row in rows_of(at) if np.isfinite(row.spearman)]
+    if not rows:
+        return "Importance and routing, layer by layer"
+    best = max(rows, key=lambda row: abs(row.spearman))
+    name = kind.replace("_", " ")
+    return f"Importance by {name} correlates {number(best.spearman, '.2f')} with {_ROUTING[best.routing][0]}"
+
+
+def _alignment_lines(figure: go.Figure, frame: pd.DataFrame, layers: list[int], column: int) -> None:
+    ends = []
+    for i, (routing, (name, hue)) in enumerate(_ROUTING.items()):
+        rows = frame[frame["routing"] == routing].sort_values("layer")
+        if not len(rows):
+            continue
+        y, low, high = (rows[key].to_numpy(float) for key in ("spearman", "spearman_low", "spearman_high"))
+        text = [
+            f"<b>{name}</b> L{layer}: {number(value, '.2f')} [{number(a, '.2f')}, {number(b, '.2f')}], {n} experts"
+            for layer, value, a, b, n in zip(rows["layer"], y, low, high, rows["n_units"], strict=True)
+        ]
+        figure.add_scatter(
+            x=np.array([layers.index(layer) for layer in rows["layer"]]) + 0.08 * (i - 1), y=y, text=text, name=name,
+            mode="lines+markers", line={"color": hue, "width": 2}, marker={"size": 6, "color": hue},
+            hovertemplate="%{text}<extra></extra>", row=1, col=column,
+            error_y={"type": "data", "array": high - y, "arrayminus": y - low, "thickness": 1, "width": 0,
+                     "color": faint(hue, 0.6)},
+        )  # fmt: skip
+        ends.append((name, hue, float(y[-1])))
+    axis = _subplot(figure, 1, column)
+    for (name, hue, _), y in zip(ends, spread([end for *_, end in ends], 0.08), strict=True):
+        figure.add_annotation(
+            text=name, x=len(layers) - 0.62, y=y, xref=axis.xaxis.plotly_name.replace("axis", ""),
             yref=axis.yaxis.plotly_name.replace("axis", ""), xanchor="left", showarrow=False,
             font={"color": hue, "size": 12},
         )  # fmt: skip

@@ -6,8 +6,7 @@ Each (mode, set) runs once, whoever asks for it: small bins of different ranking
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,16 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from moe_lens.causal.effects import TOGETHER, Effects
+from moe_lens.causal.faithfulness.kept import KeptSets, Key, SetEffect
 from moe_lens.causal.faithfulness.sets import emptied
-from moe_lens.errors import BadConfig, BadCorpus, nearest
+from moe_lens.errors import BadConfig, nearest
 from moe_lens.models.edits import MODES, EditRecord, Mode
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from numpy import ndarray
 
+    from moe_lens.causal.result import TokenEffects
     from moe_lens.models.edits.apply import DownstreamRouting
     from moe_lens.models.reference import Reference
     from moe_lens.types import ExpertAddress
@@ -32,8 +33,6 @@ SET_MODES = tuple(name for name in MODES if name not in ("swap", "patch"))
 """Modes that are defined for any set of experts: the other two need a partner."""
 REFILL = ("mask_refill", "mask_refill_keep")
 
-Key = tuple[str, bytes]
-
 
 def check_modes(modes: str | Iterable[str]) -> tuple[str, ...]:
     """Names of modes, without repeats.
@@ -41,28 +40,13 @@ def check_modes(modes: str | Iterable[str]) -> tuple[str, ...]:
     Raises:
         BadConfig: an unknown mode, or none.
     """
-    found = tuple(dict.fromkeys([modes] if isinstance(modes, str) else modes))
+    found = tuple(dict.fromkeys(name.replace("-", "_") for name in ([modes] if isinstance(modes, str) else modes)))
     for name in found:
         if name not in SET_MODES:
             raise BadConfig(f"unknown mode {name!r}{nearest(name, SET_MODES)}: use {', '.join(SET_MODES)}")
     if not found:
         raise BadConfig(f"no ablation mode was given: use {', '.join(SET_MODES)}")
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class SetEffect:
-    """Effect of one set of experts, summed over the predictions of each document."""
-
-    kl: Float[ndarray, "document"]
-    """KL(full || ablated), nats."""
-    nll: Float[ndarray, "document"]
-    """Rise of the NLL: the fall of the log-probability of what follows."""
-    layers_emptied: int
-    mass_ratio: float
-    """Gate mass of the touched tokens after the edit over that before; NaN where the mode changes no gates."""
-    short_tokens: int
-    """Tokens (of one layer each) left with fewer experts than the model's top-k."""
 
 
 def edit_maker(
@@ -115,55 +99,65 @@ class Measured:
         *,
         routing: DownstreamRouting = "live",
         reference: str = "",
+        quantities: Sequence[str] = ("nll", "kl"),
+        kept: KeptSets | None = None,
     ) -> None:
         """Sets are boolean over `units`.
 
         Args:
             makers: what turns a set into an edit, by mode.
             reference: digest of the text that edits take their values from.
-
-        Raises:
-            BadCorpus: the evaluation text has one document, so that nothing can be resampled.
+            quantities: as in `Effects.of`; without kl that is NaN.
+            kept: effects of the same text, routing and reference that an earlier process measured.
         """
         self.effects, self.units, self.makers = effects, units, makers
         self.routing: DownstreamRouting = routing
         self.reference = reference
         self.layer = np.array([unit.layer for unit in units])
         self.documents, self._which = np.unique(effects.text.document, return_inverse=True)
-        if len(self.documents) < 2:
-            raise BadCorpus(
-                "intervals are over documents and the evaluation text has one: raise max_tokens or give more documents"
-            )
         self.n_tokens: Float[ndarray, "document"] = self._sums(np.ones(len(effects.nll)))
-        self._found: dict[Key, SetEffect] = {}
+        self.quantities, self.kept = tuple(quantities), kept
+        self._found: dict[Key, SetEffect] = kept.read() if kept else {}
+        self._asked: set[Key] = set()
 
     @property
     def n_passes(self) -> int:
-        """Edited passes over the text so far."""
-        return sum(1 for _, removed in self._found if any(removed))
+        """Edited passes over the text that the sets asked for take, those of an earlier process included."""
+        return sum(1 for _, removed in self._asked if any(removed))
 
-    def run(self, wanted: Iterable[tuple[str, Bool[ndarray, "unit"]]]) -> None:
+    def run(self, wanted: Iterable[tuple[str, Bool[ndarray, "unit"]]], *, describe: str = "ablate sets") -> None:
         """Measure what has not been measured yet."""
         todo: dict[Key, Bool[ndarray, "unit"]] = {}
         for mode, removed in wanted:
             key = (mode, removed.tobytes())
+            self._asked.add(key)
             if key not in self._found:
                 todo[key] = removed
         together = 1 if self.effects.is_kept else TOGETHER
         work = list(todo.items())
         silent = None if self.effects.progress and len(work) > 1 else True
-        with tqdm(total=len(work), desc="ablate sets", unit="pass", disable=silent) as bar:
-            for at in range(0, len(work), together):
-                some = work[at : at + together]
-                self._found.update(self._measure(some))
-                bar.update(len(some))
+        try:
+            with tqdm(total=len(work), desc=describe, unit="pass", disable=silent) as bar:
+                for at in range(0, len(work), together):
+                    some = work[at : at + together]
+                    self._add(self._measure(some))
+                    bar.update(len(some))
+        finally:
+            if self.kept:
+                self.kept.save()
 
     def of(self, mode: str, removed: Bool[ndarray, "unit"]) -> SetEffect:
         """Effect of removing a set."""
         key = (mode, removed.tobytes())
+        self._asked.add(key)
         if key not in self._found:
-            self._found.update(self._measure([(key, removed)]))
+            self._add(self._measure([(key, removed)]))
         return self._found[key]
+
+    def _add(self, found: dict[Key, SetEffect]) -> None:
+        self._found |= found
+        if self.kept:
+            self.kept.add({key: effect for key, effect in found.items() if any(key[1])})
 
     def _measure(self, work: list[tuple[Key, Bool[ndarray, "unit"]]]) -> dict[Key, SetEffect]:
         nothing = np.zeros(len(self.documents))
@@ -172,7 +166,7 @@ class Measured:
         edits = [self.makers[key[0]](removed) for key, removed in work]
         progress, self.effects.progress = self.effects.progress, False  # one bar, not one for each chunk
         try:
-            results = self.effects.of_each(edits, routing=self.routing, whole_layers=True) if edits else []
+            results = self._of_each(edits) if edits else []
         finally:
             self.effects.progress = progress
         for (key, removed), result in zip(work, results, strict=True):
@@ -183,6 +177,9 @@ class Measured:
             short = result.record.total("short")
             found[key] = SetEffect(self._sums(result.kl), self._sums(result.delta), n_emptied, ratio, short)
         return found
+
+    def _of_each(self, edits: list[list[Mode]]) -> list[TokenEffects]:
+        return self.effects.of_each(edits, routing=self.routing, quantities=self.quantities, whole_layers=True)
 
     def _sums(self, values: Float[ndarray, "prediction"]) -> Float[ndarray, "document"]:
         return np.bincount(self._which, values.astype(np.float64), len(self.documents))

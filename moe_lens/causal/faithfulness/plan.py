@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_lens.causal.effects import Effects
-from moe_lens.causal.faithfulness.run import BEAMS, DEFAULT_BINS, MODES, RANKING_TEXT, RANKINGS, settings_of
 from moe_lens.causal.faithfulness.scores import EXACT_UNITS
+from moe_lens.causal.faithfulness.settings import BEAMS, DEFAULT_BINS, MODES, RANKING_TEXT, RANKINGS, settings_of
 from moe_lens.errors import NotAnMoE
 from moe_lens.models.edits import zero
 from moe_lens.types import ExpertAddress, Role
@@ -43,20 +43,25 @@ def predict_passes(
     n_random: int = 20,
     n_matched: int = 5,
     naopc: int = 0,
+    routing: str = "live",
+    n_units: int | None = None,
     super_experts: bool = False,
 ) -> Passes:
     """Count the passes of `faithfulness` with the same arguments; needs no weights.
 
     Args:
+        n_units: experts of the universe, where not all are in it.
         super_experts: whether the model has some, which doubles the scored sets; only a run finds out.
 
     Raises:
         NotAnMoE, BadConfig: as `faithfulness`.
     """
-    settings = settings_of(rankings, modes, bins, n_random=n_random, n_matched=n_matched, naopc=naopc)
-    n_units = sum(entry.n_experts for entry in spec.layers if entry.role is Role.MOE)
-    if not n_units:
+    settings = settings_of(rankings, modes, bins, n_random=n_random, n_matched=n_matched, naopc=naopc, routing=routing)
+    n_all = sum(entry.n_experts for entry in spec.layers if entry.role is Role.MOE)
+    if not n_all:
         raise NotAnMoE(f"{spec.name} has no routed experts to rank: give a Mixture-of-Experts model")
+    n_units = n_all if n_units is None else n_units
+    naopc = min(naopc, n_units)
     n_modes, n_universes = len(settings.modes), 2 if super_experts else 1
     both = 2 * n_modes * len(settings.bins.shares) * settings.n_scored * n_universes
     exact = 2**naopc if naopc <= EXACT_UNITS else sum(BEAMS) * naopc * (naopc + 1)
@@ -68,7 +73,7 @@ def predict_passes(
         "random sets": both * settings.random_draws,
         "load-matched sets": both * n_matched,
         "naopc": n_modes * exact if naopc else 0,
-        "churn": n_modes * settings.n_scored,
+        "churn": n_modes * settings.n_scored if routing == "live" else 0,
     })  # fmt: skip
 
 

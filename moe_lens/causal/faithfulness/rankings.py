@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lens.causal.faithfulness.correlation import spearman
+from moe_lens.causal.faithfulness.measure import Measured, edit_maker
 from moe_lens.causal.faithfulness.scores import top_jaccard
 from moe_lens.causal.faithfulness.sets import ranked
 from moe_lens.causal.screen import screen
@@ -21,10 +22,11 @@ from moe_lens.errors import BadConfig, OutOfRange, nearest
 from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from numpy import ndarray
 
     from moe_lens.causal.effects import Effects
+    from moe_lens.causal.faithfulness.kept import KeptSets
     from moe_lens.causal.faithfulness.visits import Visits
 
 RANDOM, GRADIENT, LEAVE_ONE_OUT = "random", "gradient", "leave_one_out"
@@ -73,18 +75,23 @@ class Ranking:
         return self.of(np.ones(self.n_documents))
 
 
+def is_file(name: str) -> bool:
+    """Whether a ranking is given as a file."""
+    return name.lower().endswith(".csv")
+
+
 def check_names(names: str | Sequence[str]) -> tuple[str, ...]:
     """Names of rankings and paths of CSV files, without repeats.
 
     Raises:
         BadConfig: an unknown name, a missing file, or nothing to score.
     """
-    found = tuple(dict.fromkeys([names] if isinstance(names, str) else names))
+    given = [names] if isinstance(names, str) else names
+    found = tuple(dict.fromkeys(name if is_file(name) else name.replace("-", "_") for name in given))
     for name in found:
-        is_file = name.lower().endswith(".csv")
-        if is_file and not Path(name).is_file():
+        if is_file(name) and not Path(name).is_file():
             raise BadConfig(f"{name} is not there: give the path of a CSV with layer, expert, score")
-        if not is_file and name not in KNOWN:
+        if not is_file(name) and name not in KNOWN:
             raise BadConfig(f"unknown ranking {name!r}{nearest(name, KNOWN)}: use {', '.join(KNOWN)} or a CSV file")
     called = [_name(name) for name in found]
     if twice := next((name for name in called if called.count(name) > 1), None):
@@ -94,13 +101,21 @@ def check_names(names: str | Sequence[str]) -> tuple[str, ...]:
     return found
 
 
-def rank(names: Sequence[str], effects: Effects, v: Visits, *, mode: str = "zero") -> dict[str, Ranking]:
+def rank(
+    names: Sequence[str],
+    effects: Effects,
+    v: Visits,
+    *,
+    member: Bool[ndarray, "unit"] | None = None,
+    kept: KeptSets | None = None,
+) -> dict[str, Ranking]:
     """Score all units on the ranking text.
 
-    ``random`` is a control and gives nothing here.
+    ``random`` is a control and gives nothing here. leave_one_out is by zero.
 
     Args:
-        mode: ablation of leave_one_out.
+        member: units that leave_one_out zeroes, one at a time; the others get NaN. None means all.
+        kept: effects of single units that an earlier process measured.
 
     Raises:
         BadConfig: an unknown ranking, or a CSV that is none.
@@ -115,12 +130,23 @@ def rank(names: Sequence[str], effects: Effects, v: Visits, *, mode: str = "zero
             rises = screen(effects).by_document
             found[name] = Ranking(name, lambda t, rises=rises: rises @ t, n)
         elif name == LEAVE_ONE_OUT:
-            rises = _leave_one_out(effects, v, mode)
+            rises = _leave_one_out(effects, v, member, kept)
             found[name] = Ranking(name, lambda t, rises=rises: rises @ t, n)
         elif name != RANDOM:
             score = read_scores(Path(name), v.units)
             found[_name(name)] = Ranking(_name(name), lambda _t, s=score: s, n, from_documents=False)
     return found
+
+
+def check_files(names: Sequence[str], units: Sequence[ExpertAddress]) -> None:
+    """Read the files among `names` before any pass.
+
+    Raises:
+        BadConfig, OutOfRange: as `read_scores`.
+    """
+    for name in names:
+        if name not in KNOWN:
+            read_scores(Path(name), units)
 
 
 def _name(given: str) -> str:
@@ -153,15 +179,19 @@ def read_scores(path: Path, units: Sequence[ExpertAddress]) -> Float[ndarray, "u
     return score
 
 
-def _leave_one_out(effects: Effects, v: Visits, mode: str) -> Float[ndarray, "unit document"]:
+def _leave_one_out(
+    effects: Effects, v: Visits, member: Bool[ndarray, "unit"] | None, kept: KeptSets | None
+) -> Float[ndarray, "unit document"]:
     """Rise of the NLL summed over the predictions of each document."""
-    documents = np.unique(effects.text.tokenized.document[effects.text.windows])
-    which = np.searchsorted(documents, effects.text.document)
-    rises = [
-        np.bincount(which, result.delta.astype(np.float64), len(documents))
-        for _, result in effects.leave_one_out(v.units, mode, quantities=())
-    ]
-    return np.stack(rises)
+    maker = edit_maker("zero", v.units, v.layer, reference=None, effects=effects)
+    measured = Measured(effects, v.units, {"zero": maker}, quantities=(), kept=kept)
+    single = np.eye(len(v.units), dtype=bool)
+    chosen = np.arange(len(v.units)) if member is None else np.flatnonzero(member)
+    measured.run((("zero", single[unit]) for unit in chosen), describe="leave one out")
+    rises = np.full((len(v.units), len(measured.documents)), np.nan)
+    for unit in chosen:
+        rises[unit] = measured.of("zero", single[unit]).nll
+    return rises
 
 
 def stability(rankings: Sequence[Ranking], *, share: float = 0.1, seed: int = 0) -> pd.DataFrame:

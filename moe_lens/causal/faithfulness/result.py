@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from moe_lens.causal.effects import NoiseFloor
+from moe_lens.causal.faithfulness.sets import Bins
 from moe_lens.causal.faithfulness.tables import AOPC, SCORES
+from moe_lens.errors import BadOutput
 from moe_lens.plots import rows_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from moe_lens.causal.effects import NoiseFloor
-    from moe_lens.causal.faithfulness.sets import Bins
+    from moe_lens.capture.run import Run
 
+_MORE = {
+    "gaps": "faithfulness_gaps", "draws": "faithfulness_draws", "circuit": "faithfulness_circuit",
+    "naopc": "faithfulness_naopc", "agreement": "faithfulness_agreement", "stability": "faithfulness_stability",
+    "alignment": "faithfulness_alignment", "churn": "faithfulness_churn", "units": "faithfulness_units",
+    "routing_spread": "faithfulness_routing",
+}  # fmt: skip
+"""Field to the name of its table in a run directory."""
+TABLES = ("faithfulness", *_MORE.values())
 ALPHA = 0.05
 ENOUGH_MATCHED = 0.5
 """Share of experts with a match of like load from which the load-matched control is quoted."""
@@ -60,6 +70,26 @@ class Faithfulness:
     reference: str = ""
     """Digest of the text that mean, mean_off and resample take their values from."""
     notes: tuple[str, ...] = ()
+    run: Run | None = None
+    """The directory it was written to, if any."""
+
+    @classmethod
+    def of(cls, run: Run) -> Faithfulness:
+        """Read a result back from a run directory.
+
+        Raises:
+            BadOutput: the run holds none.
+        """
+        entry = run.manifest["commands"].get("faithfulness", {})
+        if entry.get("state") != "done" or not all(run.has(name) for name in TABLES):
+            raise BadOutput(f"{run.path} holds no scored rankings: run moe-lens faithfulness -o {run.path} first")
+        bins, notes = Bins(**entry["bins"] | {"shares": tuple(entry["bins"]["shares"])}), tuple(entry["notes"])
+        same = {name: entry[name] for name in ("n_documents", "n_tokens", "n_passes", "reference")}
+        tables = {name: run.frame(table) for name, table in _MORE.items()}
+        return cls(
+            frame=run.frame("faithfulness"), **tables, **same, bins=bins, noise=NoiseFloor(**entry["noise"]),
+            notes=notes, run=run,
+        )  # fmt: skip
 
     @property
     def super_experts(self) -> list[str]:
@@ -75,25 +105,29 @@ class Faithfulness:
 
     def finding(self) -> str:
         """Which rankings beat random sets, in plain English, with what limits the answer."""
-        said = []
+        return " ".join(self.findings())
+
+    def findings(self) -> list[str]:
+        """`finding`, one statement each: the text, then mode by mode, then what limits them."""
         floor = f"{self.noise.kl:.1e}" if self.noise.kl else "0"
-        said.append(
+        said = [
             f"{self.n_documents} documents, {self.n_tokens:,} predictions; noise floor of KL {floor} nats, of the mean "
             f"log-probability {self.noise.mean_nll:.1e}."
-        )
-        for mode in self.frame["mode"].unique():
-            said.append(self._about(mode))
+        ]
+        said += [self._about(mode) for mode in self.frame["mode"].unique()]
         if (order := self._order_changes()) is not None:
             said.append(order)
         said += self._aligned()
         if found := self.super_experts:
+            writes = "write" if len(found) > 1 else "writes"
             said.append(
-                f"{', '.join(found)} write extreme outputs: rows with super_experts=excluded never ablate them."
+                f"{', '.join(found)} {writes} extreme outputs: rows with super_experts=excluded never ablate them."
             )
         kept = self.frame[(self.frame["control"] == "none") & (self.frame["quantity"] == "bin")]
         if most := int(kept["layers_emptied"].max()):
-            said.append(f"Sufficiency leaves up to {most} layers without a routed expert (layers_emptied).")
-        return " ".join(said + [f"{note[0].upper()}{note[1:]}." for note in self.notes])
+            layers = "layers" if most > 1 else "layer"
+            said.append(f"Sufficiency leaves up to {most} {layers} without a routed expert (layers_emptied).")
+        return said + [f"{note[0].upper()}{note[1:]}." for note in self.notes]
 
     def _about(self, mode: str) -> str:
         at = self.gaps
@@ -152,14 +186,14 @@ class Faithfulness:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by the name under which a run directory keeps it."""
-        names = ("gaps", "draws", "circuit", "naopc", "agreement", "stability", "alignment", "churn", "units")
-        more = {f"faithfulness_{name}": getattr(self, name) for name in names}
-        return {"faithfulness": self.frame, **more, "faithfulness_routing": self.routing_spread}
+        return {"faithfulness": self.frame} | {table: getattr(self, name) for name, table in _MORE.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         at = self.gaps[(self.gaps["quantity"] == AOPC)].drop(columns="bin")
+        areas = self.circuit[self.circuit["quantity"].isin(["cpr", "cmd"])].drop(columns="bin")
         return {
+            "run": str(self.run.path) if self.run else None,
             "finding": self.finding(),
             "bins": {"shares": list(self.bins.shares), "rounding": self.bins.rounding,
                      "include_zero": self.bins.include_zero, "aggregate": self.bins.aggregate},
@@ -169,6 +203,8 @@ class Faithfulness:
             "super_experts": self.super_experts, "notes": list(self.notes),
             "aopc": _plain(self.areas), "gaps": _plain(at), "agreement": _plain(self.agreement),
             "stability": _plain(self.stability), "alignment": _plain(self.alignment),
+            "circuit": _plain(areas), "naopc": _plain(self.naopc), "routing": _plain(self.routing_spread),
+            "churn": _plain(self.churn),
         }  # fmt: skip
 
     def plot(self) -> go.Figure:
@@ -176,6 +212,12 @@ class Faithfulness:
         from moe_lens.causal.faithfulness.figure import curves
 
         return curves(self)
+
+    def plot_alignment(self) -> go.Figure:
+        """Rank correlation of importance with routing numbers, layer by layer."""
+        from moe_lens.causal.faithfulness.figure import alignment
+
+        return alignment(self)
 
     def __repr__(self) -> str:
         return f"Faithfulness({self.frame['ranking'].nunique()} rankings)\n{self.finding()}"

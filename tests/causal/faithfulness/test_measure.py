@@ -13,6 +13,7 @@ import moe_lens as ml
 from moe_lens.causal.effects import Effects
 from moe_lens.causal.faithfulness.alignment import churn
 from moe_lens.causal.faithfulness.measure import SET_MODES, Measured, check_modes, edit_maker
+from moe_lens.causal.faithfulness.settings import Texts
 from moe_lens.causal.faithfulness.visits import routed_units, visits
 from moe_lens.errors import BadConfig, BadCorpus, NotAnMoE
 from moe_lens.models.lens import Lens
@@ -193,6 +194,6 @@ def test_bad_input_is_one_sentence(effects):
     assert check_modes("zero") == ("zero",)
     with pytest.raises(NotAnMoE, match="no routed experts to rank"):
         routed_units(Lens(tiny.build("llama"), None))
-    alone = Effects(effects.lens, some_text(lengths=(12,)), progress=False)
+    alone = Texts(100, (None, None), include_first=False)
     with pytest.raises(BadCorpus, match="evaluation text has one"):
-        Measured(alone, routed_units(effects.lens), {})
+        alone.check(some_text(lengths=(12,)), seed=0)

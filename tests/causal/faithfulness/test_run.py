@@ -189,7 +189,7 @@ def test_super_experts_are_left_alone_in_the_second_half_of_the_table():
     assert rows["n_units"].to_dict() == {"included": 12, "excluded": 11}
     assert rows.loc["excluded", "comprehensiveness_kl"] != rows.loc["included", "comprehensiveness_kl"]
     assert rows.loc["excluded", "sufficiency_kl"] == 0
-    assert "L0.E3 write extreme outputs" in result.finding()
+    assert "L0.E3 writes extreme outputs" in result.finding()
 
 
 @pytest.mark.parametrize(
@@ -268,6 +268,18 @@ def test_the_figure_has_a_line_for_each_ranking_a_band_and_both_scores(found):
     assert "gate_norm" in text
     assert "3 rankings" in figure.layout.title.text
     assert "4 documents" in figure.layout.title.subtitle.text
+
+
+def test_the_figure_of_alignment_has_a_line_for_each_routing_number_and_layer_names(found):
+    figure = found.plot_alignment()
+    lines = {trace.name: list(trace.y) for trace in figure.data}
+    assert list(lines) == ["load", "gate mass", "gate × norm"]
+    rows = found.alignment[found.alignment["layer"].notna() & (found.alignment["routing"] == "load")]
+    assert lines["load"] == rows["spearman"].tolist()
+    assert list(figure.layout.xaxis.ticktext) == ["L0", "L1"]
+    shown = [a for a in figure.layout.annotations if a.text in lines]
+    assert all(a.x <= figure.layout.xaxis.range[1] for a in shown)  # plotly hides names outside the axis
+    assert len(shown) == 3
 
 
 def test_a_load_matched_control_without_matches_is_not_quoted(found):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_lens.causal.faithfulness.measure import SetEffect
+from moe_lens.causal.faithfulness.kept import SetEffect
 from moe_lens.causal.faithfulness.sets import Bins
 from moe_lens.causal.faithfulness.tables import Case, Tabulator
 from tests.causal.faithfulness.test_scores import O1
