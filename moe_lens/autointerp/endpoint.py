@@ -58,6 +58,20 @@ def read_name(text: str, *, option: str, without_model: str) -> Name:
     raise BadConfig(f"{option} cannot be {text!r}{hint}: write {' or '.join(forms)}")
 
 
+def check_name(name: Name, base_url: str | None) -> None:
+    """Complain about a key that is missing or impossible, or a file that cannot be served; nobody is called.
+
+    Raises:
+        BadConfig: see the message.
+    """
+    if name.kind in ("openai", "embedding"):
+        api_key(server_url(base_url))
+    elif name.kind == "gguf":
+        from moe_lens.autointerp.local import check_gguf
+
+        check_gguf(name.model)
+
+
 def served_model(base_url: str) -> str:
     """Name of the first model that the server at `base_url` lists.
 

@@ -4,7 +4,8 @@
     7,12,"closing brackets in code","[)\\]}]+"
 
 A label is a sentence. A rule is the same claim as a regular expression over characters: a token fits if one of its
-characters is part of a match, so a label with a rule needs no judge.
+characters is part of a match, so a label with a rule needs no judge. A column ``concept`` may name a built-in concept
+in place of a rule, or a YAML file that holds one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from moe_lens.corpus.concepts import DOCUMENT_FIELDS, builtin_concepts
 from moe_lens.corpus.patterns import check_pattern
-from moe_lens.errors import BadConfig, MoELensError, OutOfRange
+from moe_lens.errors import BadConfig, MoELensError, OutOfRange, UnknownConcept, nearest
 from moe_lens.types import ExpertAddress, Status
 
 if TYPE_CHECKING:
@@ -27,12 +29,16 @@ LABEL_COLUMNS = (
     *KEY, "label", "rule", "labeller", "model_id", "prompt_hash", "n_exemplars", "confidence", "evidence", "status",
     "why",
 )  # fmt: skip
+CONCEPT = "concept"
+"""Column that tables of labels have where one of them names a concept."""
 _LABELLERS = r"lexical$|openai:|gguf:"
 _WHOLE = {"layer": "int64", "expert": "int64", "facet": "int64", "n_exemplars": "int64", "confidence": "Int64"}
 
 
 def label_frame(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
     """A table of labels (`LABEL_COLUMNS`), sorted by expert and facet; what a row leaves out is empty.
+
+    If any row names a concept, the table has the column `CONCEPT` too.
 
     ``facet`` 0 is an expert's one label, 1 to 5 are facets of it. ``status`` is ok for a row with a label, and a row
     without one says in ``why`` what it is missing for.
@@ -43,7 +49,8 @@ def label_frame(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
     empty: dict[str, Any] = dict.fromkeys(("labeller", "model_id", "prompt_hash", "why"), "")
     empty |= {"label": None, "rule": None, "facet": 0, "n_exemplars": 0, "confidence": None, "status": str(Status.OK)}
     filled = [{**empty, "evidence": [], **row} for row in rows]
-    frame = pd.DataFrame(filled, columns=list(LABEL_COLUMNS)).astype(_WHOLE)
+    more = [CONCEPT] if any(row.get(CONCEPT) for row in filled) else []
+    frame = pd.DataFrame(filled, columns=[*LABEL_COLUMNS, *more]).astype(_WHOLE)
     frame = with_none(frame)
     twice = frame[frame.duplicated(list(KEY))]
     if len(twice):
@@ -53,8 +60,9 @@ def label_frame(rows: Iterable[Mapping[Any, Any]]) -> pd.DataFrame:
 
 
 def with_none(labels: pd.DataFrame) -> pd.DataFrame:
-    """`labels` with None where there is no label or rule; a parquet file gives NaN back."""
-    texts = {name: labels[name].astype(object).where(labels[name].notna(), None) for name in ("label", "rule")}
+    """`labels` with None where there is no label, rule or concept; a parquet file gives NaN back."""
+    names = [name for name in ("label", "rule", CONCEPT) if name in labels]
+    texts = {name: labels[name].astype(object).where(labels[name].notna(), None) for name in names}
     return labels.assign(**texts)
 
 
@@ -87,10 +95,10 @@ def given_labels(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _checked(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """Expert, facet, label and rule of a row that somebody wrote.
+    """Expert, facet, label, rule and concept of a row that somebody wrote.
 
     Raises:
-        BadConfig, BadConcept: see `read_labels`.
+        BadConfig, BadConcept, UnknownConcept: see `read_labels`.
     """
     at = ExpertAddress(_number(row["layer"], "L"), _number(row["expert"], "E"))
     label = " ".join(str(row["label"] or "").split())
@@ -99,12 +107,25 @@ def _checked(row: Mapping[Any, Any]) -> dict[str, Any]:
     rule = row.get("rule") or None
     if rule is not None:
         check_pattern(rule, owner=f"the rule of {at}")
+    concept = str(row.get(CONCEPT) or "").strip() or None
+    if concept is not None:
+        _check_concept(concept, at)
     facet = _number(row.get("facet") or 0, "")
-    return {"layer": at.layer, "expert": at.expert, "facet": facet, "label": label, "rule": rule}
+    return {
+        "layer": at.layer, "expert": at.expert, "facet": facet, "label": label, "rule": rule, CONCEPT: concept,
+    }  # fmt: skip
+
+
+def _check_concept(name: str, at: ExpertAddress) -> None:
+    """Refuse a name that nothing defines; files, and fields of the text (``domain_code``), are looked at with it."""
+    known = [concept.name for concept in builtin_concepts()]
+    later = name.startswith(tuple(f"{field}_" for field in DOCUMENT_FIELDS)) or name.endswith((".yaml", ".yml"))
+    if name not in known and not later:
+        raise UnknownConcept(f"no concept is named {name!r}, of {at}{nearest(name, known)}; a rule can say it instead")
 
 
 def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
-    """Labels of a CSV file with the columns ``layer, expert, label`` and, if it has them, ``rule`` and ``facet``.
+    """Labels of a CSV file with the columns ``layer, expert, label``, and if it has them ``rule, facet, concept``.
 
     Args:
         spec: of the model, to refuse experts that it does not have.
@@ -113,6 +134,7 @@ def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
         BadConfig: no such file, no CSV, a missing column, an empty label, a rule that does not compile, two labels
             for one expert.
         OutOfRange: an expert that the model does not have.
+        UnknownConcept: a concept that nothing defines.
     """
     path = Path(path)
     rows = []

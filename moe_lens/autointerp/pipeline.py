@@ -28,12 +28,12 @@ from moe_lens.autointerp.captured import (
     chosen_experts,
     same_settings,
 )
-from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, read_name, served_model
+from moe_lens.autointerp.endpoint import LEXICAL, RULE, Clients, Name, check_name, read_name, served_model
 from moe_lens.autointerp.labels import given_labels, label_frame, read_labels, with_none
 from moe_lens.autointerp.result import Labels
 from moe_lens.autointerp.score import Scoring, score_labels
 from moe_lens.autointerp.tables import replace_rows
-from moe_lens.autointerp.transport import URL_VARIABLE, api_key, server_url
+from moe_lens.autointerp.transport import URL_VARIABLE
 from moe_lens.capture.run import Run, create_run, identity_of, peak_memory_bytes
 from moe_lens.errors import BadConfig, OutOfRange
 from moe_lens.types import ExpertAddress
@@ -244,14 +244,8 @@ def check_servers(asked: Asked) -> None:
     Raises:
         BadConfig: see the message.
     """
-    names = {name for name in (asked.labeller, *asked.scorers) if name is not None}
-    if any(name.kind in ("openai", "embedding") for name in names):
-        api_key(server_url(asked.base_url))
-    for name in names:
-        if name.kind == "gguf":
-            from moe_lens.autointerp.local import check_gguf
-
-            check_gguf(Path(name.model))
+    for name in {name for name in (asked.labeller, *asked.scorers) if name is not None}:
+        check_name(name, asked.base_url)
 
 
 def _captured(

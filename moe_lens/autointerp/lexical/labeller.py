@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LABELLER = "lexical"
 LEAST_VISITS = 40
 """In each half; an expert with fewer has no label."""
+NOT_HELD = "no token rule separates its tokens in the second half; this one was proposed for the first"
 CONFIDENT_FROM = (0.1, 0.2, 0.35, 0.5)
 """J on the second half from which the confidence is 1, 2, 3 and 4."""
 _PROMOTED = 2
@@ -47,6 +48,7 @@ def lexical_labels(
     *,
     layers: Sequence[int] | None = None,
     experts: Collection[tuple[int, int]] | None = None,
+    insist: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -65,6 +67,7 @@ def lexical_labels(
         lens_table: from `logit_lens`, for what experts write toward.
         layers: all that were captured by default.
         experts: (layer, expert) pairs, all of `layers` by default.
+        insist: where no rule holds on the second half, give the first one that was proposed, and say so in ``why``.
         seed: of the halves.
 
     Raises:
@@ -89,10 +92,11 @@ def lexical_labels(
     total = sum(map(len, wanted.values()))
     with tqdm(total=total, desc="lexical labels", unit="expert", disable=None if progress else True) as bar:
         for layer, mine in wanted.items():
-            for expert, routed, found in _rules(search, layer, mine, seed):
+            for expert, routed, found in _rules(search, layer, mine, seed, insist=insist):
                 row = {"layer": layer, "expert": expert, "labeller": LABELLER, "n_exemplars": int(routed.sum())}
                 if isinstance(found, Found):
                     row |= _label(found, routed, promoted.get((layer, expert), []))
+                    row["why"] = "" if found.held else NOT_HELD
                     row["evidence"] += _on_high_scores(text, row["rule"], high_of.get((layer, expert)))
                 else:
                     row |= {"status": str(found), "why": _WHY[found]}
@@ -125,7 +129,7 @@ def _half(text: SampledText, seed: int) -> Bool[ndarray, "token"]:
 
 
 def _rules(
-    search: Search, layer: int, experts: Sequence[int], seed: int
+    search: Search, layer: int, experts: Sequence[int], seed: int, *, insist: bool
 ) -> Iterator[tuple[int, Bool[ndarray, "token"], Found | Status]]:
     """Of each expert which tokens it got, and its rule or why it has none."""
     chosen = search.text.chosen(layer)
@@ -138,7 +142,7 @@ def _rules(
             found = Status.TOO_FEW
             if not few[i]:
                 rng = np.random.default_rng([seed, layer, expert])
-                found = search.rule(routed[:, i], gains[:, i], rng) or Status.ABSTAINED
+                found = search.rule(routed[:, i], gains[:, i], rng, insist=insist) or Status.ABSTAINED
             yield expert, routed[:, i], found
 
 

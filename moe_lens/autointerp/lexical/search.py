@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,8 @@ class Found:
     """What each term marks, in both halves."""
     j: float
     """Recall minus false positive rate on the half that did not propose."""
+    held: bool = True
+    """Whether the other half bore the terms out."""
 
 
 class Search:
@@ -84,13 +87,19 @@ class Search:
         return self.candidates.tokens.gains(weights(mine, np.ones(len(mine), bool)).astype(np.float32))
 
     def rule(
-        self, routed: Bool[ndarray, "token"], gains: Float[ndarray, "predicate"], rng: np.random.Generator
+        self,
+        routed: Bool[ndarray, "token"],
+        gains: Float[ndarray, "predicate"],
+        rng: np.random.Generator,
+        *,
+        insist: bool = False,
     ) -> Found | None:
         """The rule of an expert, None if none is better than nothing.
 
         Args:
             gains: its column of `gains`.
             rng: draws the tokens from which terms are made, where there are too many.
+            insist: where the second half bears no term out, take the first one that was proposed.
         """
         draft = _Draft(self, routed, gains, rng)
         value = weights(routed, ~self.proposing)
@@ -106,11 +115,14 @@ class Search:
                 break
             terms.append(term)
             covered |= marked
+        held = bool(terms)
+        if insist and not held:
+            terms = list(islice(draft.proposals(covered[self.proposing], near_alone=True, most_parts=MOST_TERMS), 1))
         if not terms:
             return None
         parts = tuple(part for term in self.pruned(terms, routed) for part in term.parts)
         bits = tuple(self._bits(part) for part in parts)
-        return Found(parts, bits, float(value[np.any(bits, axis=0)].sum()))
+        return Found(parts, bits, float(value[np.any(bits, axis=0)].sum()), held)
 
     def pruned(self, terms: list[Term], routed: Bool[ndarray, "token"]) -> list[Term]:
         """What of the terms is worth its price, over both halves; those with the same surroundings become one."""

@@ -19,7 +19,7 @@ import pandas as pd
 
 from moe_lens.autointerp.client import Reply, Request
 from moe_lens.autointerp.labels import KEY, usable
-from moe_lens.autointerp.prompts import load_prompt, marked, plain
+from moe_lens.autointerp.prompts import Prompt, load_prompt, marked, plain
 from moe_lens.autointerp.replies import Outcome, ReplySchema
 from moe_lens.autointerp.scoring.items import MOVED
 from moe_lens.errors import BadConfig
@@ -68,15 +68,20 @@ def judge_requests(
     if per_prompt < 2:
         raise BadConfig(f"per_prompt={per_prompt}: give 2 or more, one item of each class")
     prompt = load_prompt(scorer)
-    prompts_of = {at: _deal(rows, per_prompt, seed) for at, rows in _judged(items, scorer).groupby(["layer", "expert"])}
+    prompts_of = {at: deal(rows, per_prompt, seed) for at, rows in _judged(items, scorer).groupby(["layer", "expert"])}
     questions = []
     for layer, expert, facet, label in usable(labels)[[*KEY, "label"]].itertuples(index=False, name=None):
         for rows in prompts_of.get((layer, expert), ()):
-            numbers = range(1, len(rows) + 1)
-            shown = [{"id": i, "text": text} for i, text in zip(numbers, rows["shown"], strict=True)]
-            request = Request(prompt.render(label=plain(label), items=shown), ReplySchema.answers(numbers))
+            request = fit_request(prompt, label, rows["shown"].tolist())
             questions.append(JudgeQuestion(layer, expert, facet, rows["item"].tolist(), request))
     return questions
+
+
+def fit_request(prompt: Prompt, label: str, shown: Sequence[str]) -> Request:
+    """How well `label` fits each of the marked texts `shown`, which go by the numbers 1, 2, ..."""
+    numbers = range(1, len(shown) + 1)
+    items = [{"id": number, "text": text} for number, text in zip(numbers, shown, strict=True)]
+    return Request(prompt.render(label=plain(label), items=items), ReplySchema.answers(numbers))
 
 
 def judge(
@@ -111,7 +116,7 @@ def judge(
     rows = [
         (question.layer, question.expert, question.facet, scorer, control, item, score, outcome)
         for question, reply in zip(questions, replies, strict=True)
-        for item, (score, outcome) in zip(question.items, _answers(reply, len(question.items)), strict=True)
+        for item, (score, outcome) in zip(question.items, grades(reply, len(question.items)), strict=True)
     ]
     return answer_frame(rows)
 
@@ -123,7 +128,7 @@ def answer_frame(rows: Sequence[tuple[object, ...]]) -> pd.DataFrame:
     return frame.sort_values([*KEY, "item"], ignore_index=True)
 
 
-def _answers(reply: Reply, n: int) -> list[tuple[float, str]]:
+def grades(reply: Reply, n: int) -> list[tuple[float, str]]:
     """Score and outcome of every item of a prompt."""
     if reply.status is not Outcome.OK:
         return [(np.nan, str(reply.status))] * n
@@ -141,8 +146,12 @@ def _judged(items: pd.DataFrame, scorer: Scorer) -> pd.DataFrame:
     return rows[["layer", "expert", "item", "text"]].assign(shown=shown, positive=positive[rows.index])
 
 
-def _deal(rows: pd.DataFrame, per_prompt: int, seed: int) -> list[pd.DataFrame]:
-    """The items of one expert in prompts, each in the order in which they are shown."""
+def deal(rows: pd.DataFrame, per_prompt: int, seed: int) -> list[pd.DataFrame]:
+    """The items of one expert in prompts, each in the order in which they are shown.
+
+    Args:
+        rows: ``item, text, shown`` (the text with its mark), and ``positive``, so that each prompt gets some of both.
+    """
     rows = rows.sort_values(["shown", "item"])
     content = "\n".join(rows["shown"]).encode()
     rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(content).digest()[:8])])

@@ -12,12 +12,16 @@ with what others do at larger ones; and it leaves out the expert under test, who
 Curves are drawn with the documents, so intervals contain their error.
 
 Exclusivity is the same at z=1 minus at z=0, given r=1.
+
+Need says more or less than another expert; ``effect`` is D(t) itself at (z=1, r=1). The two can disagree: where the
+others chosen there matter little, a curve of the whole layer expects less than nothing at a small gate, and an expert
+that costs nothing seems needed. So `verdict` asks both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -59,7 +63,7 @@ class GateCurve:
         n_documents: int,
     ) -> list[GateCurve]:
         """For every expert of a layer the curve of all others; the steps are the same."""
-        edges = np.quantile(log_gate(gate), np.arange(1, STEPS) / STEPS)
+        edges = np.quantile(log_gate(gate), np.arange(1, STEPS) / STEPS) if len(gate) else np.zeros(STEPS - 1)
         cell = (expert * n_documents + document) * STEPS + np.searchsorted(edges, log_gate(gate), side="right")
         shape = n_experts, n_documents, STEPS
         n, y = (np.bincount(cell, w, n_experts * n_documents * STEPS).reshape(shape) for w in (None, effect))
@@ -107,6 +111,10 @@ class Need:
     """With (z=0, r=1)."""
     gate_advantage: float = 0.0
     """Nats that were taken off the need for the larger gate (added for a smaller one)."""
+    effect: Interval = field(default_factory=Interval)
+    """D itself at (z=1, r=1), beside no other expert."""
+    effect_off: Interval = field(default_factory=Interval)
+    """And at (z=0, r=1)."""
 
 
 def needed(
@@ -145,11 +153,27 @@ def needed(
         (value, error), (draws, errors) = (
             _difference(cells, weights, height) for weights, height in zip((once, times), heights, strict=True)
         )
-        exclusive = [on.mean(w, h) - off.mean(w, h) for w, h in zip((once, times), heights, strict=True)]
+        exclusivity = Interval()
+        if enough:
+            pairs = zip((once, times), heights, strict=True)
+            exclusivity = _interval(*(on.mean(w, h) - off.mean(w, h) for w, h in pairs))
         advantage = float(on.of_gates(heights[0]).sum() / on.n) if on.n else np.nan
     p = studentised_p(float(value[0]), float(error[0]), draws, errors) if on.n > 1 else 1.0
-    exclusivity = _interval(exclusive[0], exclusive[1]) if enough else Interval()
-    return Need(_interval(value, draws), p, basis, exclusivity, on.n, off.n, advantage)
+    alone = [_alone(np.asarray(effect, np.float64), document, times, at) for at in (z, ~z)]
+    return Need(_interval(value, draws), p, basis, exclusivity, on.n, off.n, advantage, *alone)
+
+
+def _alone(
+    effect: Float[ndarray, "visit"],
+    document: Int[ndarray, "visit"],
+    times: Float[ndarray, "draw document"],
+    at: Bool[ndarray, "visit"],
+) -> Interval:
+    """Mean over documents of the mean effect at some visits."""
+    cell = _Cell.of(effect, np.zeros((len(effect), 0)), document, times.shape[1], at)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, draws = ((w @ cell.y) / (w @ cell.has) for w in (np.ones((1, times.shape[1])), times))
+    return _interval(value, draws)
 
 
 def studentised_p(value: float, error: float, draws: Float[ndarray, "draw"], errors: Float[ndarray, "draw"]) -> float:

@@ -5,97 +5,114 @@ frequent-token    the token that the expert is visited by most often
 token-class       letters, digits, capitals, ...: the class of tokens that tells its visits apart best
 topic             the value of a document field that does
 other-expert      the label of the expert of the same layer whose load is nearest
-shuffled          the label of a random other expert on trial, each used once
+random-expert     the label of a random other expert on trial, each used once
 ================  ====================================================================================
 
-The first three are made from the routing on documents of the split ``validate``, which no verdict sees. A real label
-that does not do better than these says little about its expert that they do not say.
+The first three are made from the routing on documents of the split ``validate``, which no verdict sees; a rule decides
+them. The last two are claims for the judge of the real ones. Labels that a labeller made of ``shuffled`` activations
+come from outside, as a table. A real label that does not do better than these says little about its expert that they
+do not say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lens.causal.trial.judge import ABSTAINS
+from moe_lens.causal.trial.claims import REAL, Case, Claim
 from moe_lens.causal.trial.matching import deranged
 from moe_lens.corpus.concepts import DOCUMENT_FIELDS
-from moe_lens.types import ExpertAddress
+from moe_lens.errors import BadConfig, nearest
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Int8
+    from jaxtyping import Bool, Float, Int
     from numpy import ndarray
 
     from moe_lens.causal.effects import Effects
     from moe_lens.corpus.batches import Tokenized
+    from moe_lens.types import ExpertAddress
 
-REAL = "real"
-NULL_LABELS = ("frequent-token", "token-class", "topic", "other-expert", "shuffled")
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A label on trial, with what the judge says at every prediction under test."""
-
-    kind: str
-    expert: ExpertAddress
-    facet: int
-    label: str
-    z: Int8[ndarray, "prediction"]
-    """1, 0, or -1 where the judge abstains."""
+OF_ROUTING = ("frequent-token", "token-class", "topic")
+NULL_LABELS = (*OF_ROUTING, "other-expert", "random-expert")
+SHUFFLED = "shuffled"
+"""Kind of the labels that a labeller made of shuffled activations."""
 
 
-def null_cases(
-    real: Sequence[Case],
-    kinds: Sequence[str],
-    effects: Effects,
-    seen: Effects | None,
-    load: Callable[[ExpertAddress], float],
-    *,
-    seed: int = 0,
-) -> list[Case]:
-    """False labels of the experts that have a real one; where a kind has none for an expert, it is left out.
+def check_kinds(null_labels: Sequence[str], tables: Iterable[str]) -> None:
+    """Refuse kinds of false labels that nobody makes, and tables that take the name of a kind that is made here.
+
+    Raises:
+        BadConfig: as said.
+    """
+    for kind in null_labels:
+        if kind == SHUFFLED:
+            raise BadConfig(
+                f"labels of the kind {kind!r} are a labeller's: give them as null_tables={{{kind!r}: table}}"
+            )
+        if kind not in NULL_LABELS:
+            known = ", ".join(NULL_LABELS)
+            raise BadConfig(f"unknown kind of null label {kind!r}{nearest(kind, NULL_LABELS)}: use some of {known}")
+    for kind in tables:
+        if kind in (REAL, *NULL_LABELS):
+            raise BadConfig(f"null_tables= has the kind {kind!r}, which is not made elsewhere: name it otherwise")
+
+
+def borrowed(
+    real: Sequence[Claim], kinds: Sequence[str], load: Callable[[ExpertAddress], float], *, seed: int = 0
+) -> list[Claim]:
+    """Labels of other experts, for the kinds ``other-expert`` and ``random-expert``.
 
     Args:
-        effects: the text under test.
-        seen: the clean model on other documents, for the kinds that are made from routing.
+        real: claims that something judges; others are nobody's false label.
         load: visits of an expert, to find the nearest.
     """
-    experts = list(dict.fromkeys(case.expert for case in real))
-    made: list[Case] = []
+    made: list[Claim] = []
     for kind in kinds:
         if kind == "other-expert":
             made += _of_neighbours(real, load)
-        elif kind == "shuffled":
-            made += _shuffled(real, seed)
-        elif seen is not None:
-            made += _from_routing(kind, experts, effects, seen)
+        elif kind == "random-expert":
+            made += _of_random_experts(real, seed)
     return made
 
 
-def _of_neighbours(real: Sequence[Case], load: Callable[[ExpertAddress], float]) -> list[Case]:
-    out = []
-    for case in real:
-        others = [c for c in real if c.expert.layer == case.expert.layer and c.expert != case.expert and _says(c)]
-        if others:
-            nearest = min(others, key=lambda c: abs(np.log((load(c.expert) + 1) / (load(case.expert) + 1))))
-            out.append(Case("other-expert", case.expert, case.facet, nearest.label, nearest.z))
+def from_routing(
+    kinds: Sequence[str], experts: Sequence[ExpertAddress], effects: Effects, seen: Effects | None
+) -> list[Case]:
+    """False labels of `experts` of the kinds `OF_ROUTING`; where a kind has none for an expert, it is left out.
+
+    Args:
+        effects: the text under test.
+        seen: the clean model on other documents; may be None if no kind needs it.
+    """
+    out: list[Case] = []
+    for kind in kinds:
+        if kind in OF_ROUTING and seen is not None:
+            out += _of_kind(kind, experts, effects, seen)
     return out
 
 
-def _shuffled(real: Sequence[Case], seed: int) -> list[Case]:
-    cases = [case for case in real if _says(case)]
-    if len(cases) < 2:
+def _of_neighbours(real: Sequence[Claim], load: Callable[[ExpertAddress], float]) -> list[Claim]:
+    out = []
+    for claim in real:
+        others = [c for c in real if c.expert.layer == claim.expert.layer and c.expert != claim.expert]
+        if others:
+            nearest = min(others, key=lambda c: abs(np.log((load(c.expert) + 1) / (load(claim.expert) + 1))))
+            out.append(replace(nearest, kind="other-expert", expert=claim.expert, facet=claim.facet))
+    return out
+
+
+def _of_random_experts(real: Sequence[Claim], seed: int) -> list[Claim]:
+    if len(real) < 2:
         return []
-    pairs = [(case, cases[j]) for case, j in zip(cases, deranged(len(cases), seed=seed).tolist(), strict=True)]
-    return [Case("shuffled", a.expert, a.facet, b.label, b.z) for a, b in pairs if a.expert != b.expert]
-
-
-def _says(case: Case) -> bool:
-    return bool((case.z != ABSTAINS).any())
+    pairs = [(claim, real[j]) for claim, j in zip(real, deranged(len(real), seed=seed).tolist(), strict=True)]
+    return [
+        replace(other, kind="random-expert", expert=own.expert, facet=own.facet)
+        for own, other in pairs
+        if own.expert != other.expert
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +129,7 @@ class _Property:
         return np.stack([n / max(n.sum(), 1) for n in found])
 
 
-def _from_routing(kind: str, experts: Sequence[ExpertAddress], effects: Effects, seen: Effects) -> list[Case]:
+def _of_kind(kind: str, experts: Sequence[ExpertAddress], effects: Effects, seen: Effects) -> list[Case]:
     made = {"frequent-token": _tokens, "token-class": _classes, "topic": _topics}[kind]
     properties = made(effects.text.tokenized, effects.lens.tokenizer)
     out = []

@@ -73,6 +73,10 @@ def q_values(p: Sequence[float], powered: Sequence[bool]) -> list[float]:
 def verdict(evidence: Evidence, needs: Sequence[Need], q: Sequence[float], *, delta: float = DELTA) -> Verdict:
     """The rule, in its order.
 
+    Beside METRICS 3 it asks for the effect itself: nothing is ``supported`` whose removal does not surely cost
+    something at its label's tokens, and nothing is ``routing-only`` whose removal surely costs more than `delta` in
+    both modes, even if another expert at such a gate would cost as much.
+
     Args:
         needs: under `VERDICT_MODES`, with their q-values.
         delta: nats; at least the noise floor of the clean passes.
@@ -89,7 +93,8 @@ def verdict(evidence: Evidence, needs: Sequence[Need], q: Sequence[float], *, de
     found = zip(needs, q, strict=True)
     if routed and all(is_needed(need, at, delta) for need, at in found):
         return Verdict.SUPPORTED
-    if routed and all(need.need.high < delta for need in needs):
+    costs = all(need.effect.low > delta for need in needs)
+    if routed and not costs and all(need.need.high < delta for need in needs):
         return Verdict.ROUTING_ONLY
     return Verdict.UNDECIDED
 
@@ -97,7 +102,8 @@ def verdict(evidence: Evidence, needs: Sequence[Need], q: Sequence[float], *, de
 def is_needed(need: Need, q: float, delta: float) -> bool:
     """Whether a label passes in one mode."""
     found = need.need
-    return need.documents >= MIN_DOCUMENTS_BOTH and found.value > delta and found.low > 0 and q < ALPHA
+    more = found.value > delta and found.low > 0 and q < ALPHA
+    return more and need.effect.low > 0 and need.documents >= MIN_DOCUMENTS_BOTH
 
 
 def exclusive(needs: Sequence[Need], *, delta: float = DELTA) -> Exclusive:

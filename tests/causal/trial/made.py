@@ -45,12 +45,15 @@ LABELS = pd.DataFrame(
 )
 
 
-def made(*, top_k: int = 2, gates: tuple[float, float] = (2.0, 2.0), also: int | None = None) -> Lens:
+def made(
+    *, top_k: int = 2, gates: tuple[float, float] = (2.0, 2.0), also: int | None = None, backup: bool = False
+) -> Lens:
     """The model.
 
     Args:
         gates: router logits of a kind's own expert and of the one beside it.
         also: a kind of tokens that visits E3 too, where it writes nothing.
+        backup: E1 does the same as E3 and is the next in line at digits.
     """
     config = transformers.OlmoeConfig(
         vocab_size=tiny.VOCAB, hidden_size=16, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1,
@@ -77,18 +80,22 @@ def made(*, top_k: int = 2, gates: tuple[float, float] = (2.0, 2.0), also: int |
             experts.gate_up_proj[expert, 0, kind] = 4  # fires for its kind alone
             experts.gate_up_proj[expert, 4, ONE] = 1
             experts.down_proj[expert, BANG, 0] = 2
+        if backup:
+            router[1, DIGIT] = gates[0] - 1e-3
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                weight[1] = weight[3]
         model.lm_head.weight[vocabulary["!"], BANG] = 1
     return Lens(model, tiny.tokenizer(), name="made")
 
 
-def text(n_documents: int = 400, *, seed: int = 0) -> Corpus:
+def text(n_documents: int = 400, *, n_signs: int = 24, seed: int = 0) -> Corpus:
     """Letters, blanks and digits in any order; "!" after every digit and "#"; one document in 12 has "#"."""
     rng = np.random.default_rng(seed)
     plain = list("abcdefghij" + "ABCDEFGHIJ" + "      " + "01234567")
     documents = []
     for number in range(n_documents):
-        signs = rng.choice(plain, 24).tolist()
-        if number % 12 == 0:
+        signs = rng.choice(plain, n_signs).tolist()
+        if number % 12 == 0 and n_signs > 8:
             signs[5:8] = "#", "a", "#"
         body = "".join(sign + "!" if sign.isdigit() or sign == "#" else sign for sign in signs)
         documents.append(Document(f"d{number}", f"a{body}b", {"domain": ["x", "y"][number % 2]}))

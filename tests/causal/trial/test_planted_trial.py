@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_lens.causal.trial.nulls import NULL_LABELS
 from moe_lens.causal.trial.run import validate
 from moe_lens.causal.trial.table import VALIDATION_COLUMNS
 from moe_lens.causal.trial.verdict import VERDICT_MODES
@@ -22,8 +23,8 @@ def trial(lens=None, labels=LABELS, corpus=TEXT, **options):
 @pytest.fixture(scope="module")
 def found():
     return trial(
-        modes=(*VERDICT_MODES, "mean"),
-        null_labels=("frequent-token", "token-class", "topic", "other-expert", "shuffled"),
+        modes=(*VERDICT_MODES, "mean", "resample", "mask_refill_keep"),
+        null_labels=NULL_LABELS,
     )
 
 
@@ -40,11 +41,44 @@ def test_true_routing_only_false_and_scarce_labels_get_the_verdicts_that_are_pla
     }
 
 
-def test_an_expert_that_always_writes_the_same_is_acquitted_though_mean_ablation_shows_nothing(found):
+def test_a_label_with_ten_documents_is_underpowered(found):
+    row = found["L0.E2"].query("label_kind == 'real'").iloc[0]
+    assert 5 <= row["n_docs_z1r1"] <= 10
+    assert row["need"] > 1  # it would be true, and ten documents cannot show it
+
+
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+def test_an_expert_that_always_writes_the_same_is_acquitted_though_other_modes_show_nothing(found, mode):
     rows = found["L0.E3"].query("label_kind == 'real'").set_index("mode")
     assert (rows.loc[list(VERDICT_MODES), "need"] > 1).all()
-    assert abs(rows.loc["mean", "need"]) < 1e-4
+    assert abs(rows.loc[mode, "need"]) < 1e-4
+    assert abs(rows.loc[mode, "contrast"]) < 1e-4
+    assert (rows["verdict"] == "supported").all()
     assert found.verdicts.set_index("address")["mode"]["L0.E3"] in VERDICT_MODES
+
+
+def test_modes_beside_the_two_change_no_verdict_and_no_number_of_theirs(found):
+    plain = trial(null_labels=NULL_LABELS).frame
+    voting = found.frame[found.frame["mode"].isin(VERDICT_MODES)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(voting.drop(columns="replaceability"), plain.drop(columns="replaceability"))
+
+
+def test_replaceability_is_what_the_next_expert_in_line_makes_up_for(found):
+    assert found["L0.E3"].query("label_kind == 'real'")["replaceability"].eq(0).all()
+    assert found["L0.E4"]["replaceability"].isna().all()  # nothing is lost without it
+    modes = (*VERDICT_MODES, "mask_refill_keep")
+    row = trial(made(backup=True), LABELS[:1], modes=modes).frame.iloc[0]
+    assert row["replaceability"] == pytest.approx(1, abs=0.01)
+    assert row["verdict"] == "supported"  # needed as the model is, though another could do it
+    assert trial(labels=LABELS[:1]).frame["replaceability"].isna().all()
+
+
+def test_secondary_columns_are_those_of_a_trial_with_a_horizon_of_eight():
+    short, long = (trial(made(also=BLANK), LABELS[:2], horizon=horizon).frame for horizon in (1, 8))
+    names = ["need", "contrast"]
+    np.testing.assert_allclose(short[[f"{name}_8" for name in names]], long[names], atol=1e-6)
+    assert (short["need_8"] < short["need"])[:2].all()
+    assert trial(labels=LABELS[:1], corpus=text(seed=2, n_signs=3)).frame["need_8"].isna().all()
 
 
 def test_the_cells_are_counts_of_the_text(found):
@@ -62,7 +96,7 @@ def test_false_labels_stand_beside_the_real_ones_and_are_made_of_other_documents
     assert names["token-class"] == "tokens of the class number"
     assert names["frequent-token"].startswith("the token '")
     assert names["topic"].startswith("documents with domain")
-    assert set(names.index) == {"real", "frequent-token", "token-class", "topic", "other-expert", "shuffled"}
+    assert set(names.index) == {"real", "frequent-token", "token-class", "topic", "other-expert", "random-expert"}
     assert found["L0.E3"].query("label_kind == 'topic'")["verdict"].eq("refuted").all()
     assert found["L0.E4"].query("label_kind == 'token-class'")["verdict"].eq("routing-only").all()
 
@@ -85,12 +119,10 @@ def test_a_larger_gate_alone_is_no_need():
 
 
 def test_focal_positions_agree_where_no_token_reaches_another():
-    found, one_by_one = (
-        trial(labels=LABELS[:1], max_tokens=400),
-        trial(labels=LABELS[:1], max_tokens=400, positions="focal"),
-    )
-    columns = ["need", "contrast", "lift"]
-    np.testing.assert_allclose(found.frame[columns], one_by_one.frame[columns], atol=1e-5)
+    both = [trial(labels=LABELS[:2], max_tokens=400, positions=positions).frame for positions in ("all", "focal")]
+    later = ["positions", "need_8", "contrast_8"]  # where all visits are edited, the next ones are too
+    pd.testing.assert_frame_equal(*(frame.drop(columns=later) for frame in both), atol=1e-5)
+    assert [frame["positions"].unique().tolist() for frame in both] == [["all"], ["focal"]]
 
 
 def test_controls_may_come_from_the_whole_layer():
@@ -109,8 +141,19 @@ def test_ablated_writes_are_all_that_a_trial_changes():
 
 
 def test_a_trial_is_a_function_of_its_seed():
-    a, b = trial(null_labels=("shuffled",)), trial(null_labels=("shuffled",))
+    a, b = trial(null_labels=("random-expert",)), trial(null_labels=("random-expert",))
     pd.testing.assert_frame_equal(a.frame, b.frame)
+
+
+def test_labels_made_elsewhere_stand_trial_under_their_own_kind():
+    false = pd.DataFrame({"layer": 0, "expert": [3, 4, 1], "label": ["a", "b", "c"], "rule": ["[a-j]", "[0-9]", "#"]})
+    found = trial(null_tables={"shuffled": false}, null_labels=("other-expert",))
+    rows = found.frame.query("label_kind == 'shuffled'").drop_duplicates("expert").set_index("expert")
+    assert rows["label"].to_dict() == {3: "a", 4: "b"}  # E1 has no label on trial
+    assert (rows["verdict"] == "refuted").all()
+    assert found.frame["label_kind"].unique().tolist() == ["real", "other-expert", "shuffled"]
+    assert "shuffled 0 of 2" in found.finding()
+    pd.testing.assert_frame_equal(found["L0.E5"], trial(null_labels=("other-expert",))["L0.E5"])
 
 
 def test_a_sample_is_declared(found):
@@ -155,7 +198,7 @@ def test_one_page_says_it_all(found):
     page = found.to_markdown()
     assert page.count("\n") < 60
     assert "| L0.E3 | supported | by routing |" in page
-    assert "1 of 4 labels on trial are supported (25%" in page
+    assert "1 of 4 labels on trial are supported" in page
     assert found.plot().data
 
 
@@ -176,6 +219,11 @@ def test_one_page_says_it_all(found):
         (LABELS, {"modes": ["zero"]}, BadConfig, "mean_off"),
         (LABELS, {"modes": ["zero", "mean_of"]}, BadConfig, "did you mean 'mean_off'"),
         (LABELS, {"null_labels": ["topics"]}, BadConfig, "did you mean 'topic'"),
+        (LABELS, {"null_labels": ["shuffled"]}, BadConfig, "null_tables="),
+        (LABELS, {"null_tables": {"topic": LABELS}}, BadConfig, "'topic'"),
+        (LABELS, {"null_tables": {"shuffled": LABELS.assign(expert=3)}}, BadConfig, "two labels for L0.E3"),
+        (LABELS, {"null_tables": {"shuffled": LABELS.drop(columns="label")}}, BadConfig, "null labels 'shuffled'"),
+        (LABELS, {"judge_positions": 0}, BadConfig, "judge_positions=0"),
         (LABELS, {"n_labels": 0}, BadConfig, "n_labels=0"),
         (LABELS, {"horizon": 99}, BadCorpus, "99 tokens"),
         (LABELS, {"horizon": 0}, BadConfig, "horizon=0"),

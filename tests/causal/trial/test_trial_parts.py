@@ -7,9 +7,10 @@ import pytest
 
 import moe_lens as ml
 from moe_lens.causal.effects import Effects
-from moe_lens.causal.trial.judge import marked_by_rules
+from moe_lens.causal.trial.claims import Claim
+from moe_lens.causal.trial.judge import marked
 from moe_lens.causal.trial.measured import ahead, measure, reference_text
-from moe_lens.causal.trial.nulls import Case, null_cases, token_class
+from moe_lens.causal.trial.nulls import borrowed, token_class
 from moe_lens.causal.trial.run import _controls
 from moe_lens.corpus.batches import tokenize
 from moe_lens.corpus.text import Corpus, Document
@@ -18,6 +19,7 @@ from tests.causal.small import busiest, some_text
 from tests.models import tiny
 
 RULES = {"L0.E1": r"\d+", "L0.E2": r"(?<=q)[a-z]{3}", "L1.E0": "[A-Z]"}
+CLAIMS = [Claim("real", ExpertAddress.parse(expert), 0, "a label", rule) for expert, rule in RULES.items()]
 TEXT = Corpus.of([Document("a", "abc 123 Qqxyz 45" * 5), Document("b", "ZZ qabc 9"), Document("c", "nothing")], id="t")
 
 
@@ -25,14 +27,14 @@ def test_a_rule_marks_what_a_concept_with_the_same_expression_marks_across_windo
     concepts = [ml.concept(f"c{i}", regex=rule) for i, rule in enumerate(RULES.values())]
     text = tokenize(TEXT, tiny.tokenizer(), concepts, max_length=13)
     assert len(text) > 5
-    found = marked_by_rules(RULES, text, documents=np.arange(3))
-    for number, marks in enumerate(found.values()):
+    for number, marks in enumerate(marked(CLAIMS, text, documents=np.arange(3))):
+        assert marks is not None
         np.testing.assert_array_equal(marks, text.label(number))
 
 
 def test_documents_that_are_not_on_trial_are_not_read():
     text = tokenize(TEXT, tiny.tokenizer(), [])
-    found = marked_by_rules(RULES, text, documents=np.array([1]))["L0.E1"]
+    found = marked(CLAIMS[:1], text, documents=np.array([1]))[0]
     assert set(text.document[text.window_of[found]]) == {1}
 
 
@@ -48,19 +50,18 @@ def test_classes_of_tokens(surface, wanted):
 
 
 def test_a_neighbour_is_the_expert_of_the_layer_whose_load_is_nearest():
-    z = np.eye(4, dtype=np.int8)
     places = [(0, 1), (0, 2), (0, 3), (1, 1)]
-    real = [Case("real", ExpertAddress(*place), 0, f"{place}", row) for place, row in zip(places, z, strict=True)]
-    load = dict(zip([case.expert for case in real], [100, 900, 130, 100], strict=True))
-    lens: ml.Lens = None  # type: ignore[assignment]
-    made = null_cases(real, ["other-expert", "shuffled"], lens, None, load.__getitem__)  # type: ignore[arg-type]
-    of = {(case.kind, str(case.expert)): case for case in made}
+    real = [Claim("real", ExpertAddress(*place), 0, f"{place}", rule=f"rule of {place}") for place in places]
+    load = dict(zip([claim.expert for claim in real], [100, 900, 130, 100], strict=True))
+    made = borrowed(real, ["other-expert", "random-expert"], load.__getitem__)
+    of = {(claim.kind, str(claim.expert)): claim for claim in made}
     assert of["other-expert", "L0.E1"].label == "(0, 3)"
     assert of["other-expert", "L0.E2"].label == "(0, 3)"
     assert ("other-expert", "L1.E1") not in of
-    shuffled = [case for case in made if case.kind == "shuffled"]
-    assert sorted(case.label for case in shuffled) == sorted(case.label for case in real)
-    assert all(case.label != str((case.expert.layer, case.expert.expert)) for case in shuffled)
+    drawn = [claim for claim in made if claim.kind == "random-expert"]
+    assert sorted(claim.label for claim in drawn) == sorted(claim.label for claim in real)
+    assert all(claim.label != str((claim.expert.layer, claim.expert.expert)) for claim in drawn)
+    assert all(claim.rule == f"rule of {claim.label}" for claim in made)
 
 
 def test_controls_of_the_layer_are_matched_and_not_on_trial():

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from moe_lens.causal.trial import cells
 from moe_lens.causal.trial.assignment import assignment, standardised_effects
@@ -26,8 +28,11 @@ def times(n_documents: int, draws: int = 500) -> np.ndarray:
     return document_multiplicities(n_documents, draws, seed=0).astype(np.float64)
 
 
-def a_need(need: Interval = NEED, *, exclusivity: Interval = NEED, documents: int = 20) -> Need:
-    return Need(need, 0.001, "co-selected", exclusivity, documents, 40)
+def a_need(
+    need: Interval = NEED, *, exclusivity: Interval = NEED, documents: int = 20, effect: Interval | None = None
+) -> Need:
+    """What is lost without the expert is its need, if not said otherwise: the one beside it costs nothing."""
+    return Need(need, 0.001, "co-selected", exclusivity, documents, 40, 0.0, effect or need)
 
 
 def test_o7_specificity_is_the_contrast_minus_that_of_the_controls():
@@ -45,7 +50,7 @@ def test_contrasts_of_a_worked_example():
     assert cells.conditional_contrast(effect, z, r) == pytest.approx(0.2)
     assert cells.decomposition(effect, z, r) == pytest.approx(((3 / 4 - 1 / 6) * 0.3, 1 / 6 * 0.2))
     assert cells.lift(effect, z) == pytest.approx(0.9 / 0.4)
-    assert cells.effect_auroc(effect, z) == pytest.approx((3 * 6 + 2.5) / 24)
+    assert cells.effect_ranking(effect, z)[0] == pytest.approx((3 * 6 + 2.5) / 24)
     counts = cells.cell_counts(z, r, np.repeat([0, 1], 5), 2)
     assert counts.tolist() == [[3, 1, 1, 0], [0, 0, 0, 5]]
     assert cells.routing_auroc(counts, times(2)).value == pytest.approx((3 / 4 + 5 / 6) / 2)
@@ -211,8 +216,44 @@ def test_effects_are_standardised_by_their_spread_between_documents():
     effect = np.array([1.0, 3.0, 0.0, 0.0])[:, None]
     z, document = np.array([1, 1, 0, 0], bool)[:, None], np.array([0, 1, 0, 1])
     # difference 2; influences of documents (1-2)/2 and (3-2)/2: error sqrt(1/2)
-    assert standardised_effects(effect, z, document, 2).item() == pytest.approx(2 / np.sqrt(0.5))
-    assert standardised_effects(effect, np.zeros((4, 1), bool), document, 2).item() == 0
+    assert standardised_effects(effect, z, document).item() == pytest.approx(2 / np.sqrt(0.5))
+    assert standardised_effects(effect, np.zeros((4, 1), bool), document).item() == 0
+
+
+def test_tokens_that_stand_for_several_weigh_as_much_as_several():
+    rng = np.random.default_rng(0)
+    effect, times_each = rng.normal(size=(40, 3)).round(1), rng.integers(0, 4, 40)
+    z, document = rng.random((40, 2)) < 0.4, np.arange(40) // 5
+    many = np.repeat(np.arange(40), times_each)
+    column, label, weight = effect[:, 0], z[:, 0], times_each.astype(float)
+    for score in (cells.contrast, cells.lift, cells.effect_ranking):
+        assert score(column, label, weight) == pytest.approx(score(column[many], label[many]))
+    grade = rng.integers(0, 5, 40)
+    expected = cells.dose_response(column[many], grade[many])
+    assert cells.dose_response(column, grade, weight) == pytest.approx(expected)
+    both = standardised_effects(effect, z, document, np.stack([weight, weight], 1))
+    np.testing.assert_allclose(both, standardised_effects(effect[many], z[many], document[many]))
+
+
+def test_ranking_and_dose_response_are_those_of_scikit_learn_and_scipy():
+    rng = np.random.default_rng(1)
+    effect, z = rng.normal(size=200).round(1), rng.random(200) < 0.3
+    weight, grade = rng.random(200), rng.integers(0, 5, 200)
+    wanted = [f(z, effect, sample_weight=weight) for f in (roc_auc_score, average_precision_score)]
+    assert cells.effect_ranking(effect, z, weight) == pytest.approx(wanted)
+    assert cells.effect_ranking(np.zeros(200), z) == pytest.approx([0.5, z.mean()])
+    assert np.isnan(cells.effect_ranking(effect, np.zeros(200, bool))).all()
+    assert cells.dose_response(effect, grade) == pytest.approx(spearmanr(effect, grade).statistic)
+    assert np.isnan(cells.dose_response(effect, np.zeros(200)))
+
+
+def test_replaceability_is_a_ratio_of_means_over_documents():
+    document = np.array([0, 0, 1, 2, 2])
+    lost = np.array([1.0, 3, 2, 2.5, 1.5])  # means 2, 2, 2
+    assert cells.replaceability(lost, lost / 4, document) == pytest.approx(0.75)
+    assert cells.replaceability(lost, np.array([0, 0, 3.0, 0, 0]), document) == pytest.approx(0.5)
+    assert np.isnan(cells.replaceability(np.array([1.0, 1, -1, 0, 0]), lost, document))
+    assert np.isnan(cells.replaceability(lost[:2], lost[:2], document[:2]))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +284,36 @@ def test_the_rule_is_read_from_the_top(change, needs, q, wanted):
 def test_support_needs_ten_documents_where_label_and_routing_meet():
     for documents, wanted in ((9, "undecided"), (10, "supported")):
         assert verdict(Evidence(**POWERED), [a_need(documents=documents)] * 2, [0.01] * 2) == wanted
+
+
+@pytest.mark.parametrize(
+    ("need", "effects", "wanted"),
+    [
+        (NEED, [Interval(0.3, 0.2, 0.4)] * 2, "supported"),
+        (NEED, [Interval(-0.001, -0.01, 0.01)] * 2, "undecided"),
+        (NEED, [Interval(0.3, 0.2, 0.4), Interval(0.01, -0.001, 0.02)], "undecided"),
+        (NEED, [Interval(0.3, 0.2, 0.4), Interval()], "undecided"),
+        (Interval(-0.3, -0.4, -0.2), [Interval(0.6, 0.5, 0.7)] * 2, "undecided"),
+        (Interval(-0.3, -0.4, -0.2), [Interval(0.6, 0.5, 0.7), Interval(0.0, -0.01, 0.01)], "routing-only"),
+        (Interval(-0.3, -0.4, -0.2), [Interval(0.015, 0.01, 0.03)] * 2, "routing-only"),
+    ],
+)
+def test_an_expert_that_costs_nothing_is_not_needed_and_one_that_costs_much_is_not_idle(need, effects, wanted):
+    needs = [a_need(need, effect=effect) for effect in effects]
+    assert verdict(Evidence(**POWERED), needs, [0.01, 0.01]) == wanted
+
+
+def test_the_effect_beside_the_need_is_a_mean_of_documents_inside_and_outside_the_label():
+    document = np.array([0, 0, 0, 1, 1, 2])
+    z = np.array([1, 1, 0, 1, 0, 0], bool)
+    effect = np.array([0.1, 0.3, 5.0, 0.6, 1.0, 3.0])
+    times = np.array([[1, 1, 1], [2, 0, 1], [0, 3, 0]], float)
+    found = needed(effect, z, document, times)
+    assert found.effect.value == pytest.approx((0.2 + 0.6) / 2)
+    assert found.effect_off.value == pytest.approx((5 + 1 + 3) / 3)
+    drawn = [0.4, 0.2, 0.6]
+    assert (found.effect.low, found.effect.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.02)
+    assert np.isnan(needed(effect, np.zeros(6, bool), document, times).effect.value)
 
 
 def test_a_noise_floor_above_the_threshold_takes_its_place():
