@@ -30,12 +30,34 @@ _LAZY = {
     "read_published": "moe_lens.probing.published",
     "Probes": "moe_lens.probing.probe",
     "Labels": "moe_lens.autointerp.result",
+    "faithfulness": "moe_lens.causal.faithfulness.run",
+    "Faithfulness": "moe_lens.causal.faithfulness.result",
+    "patch": "moe_lens.causal.patching.run",
+    "Patching": "moe_lens.causal.patching.result",
+    "validate": "moe_lens.causal.trial.job",
+    "Trial": "moe_lens.causal.trial.result",
+    "trigger_target": "moe_lens.causal.triggers.run",
+    "Triggers": "moe_lens.causal.triggers.result",
+    "steer": "moe_lens.causal.steering.run",
+    "Steering": "moe_lens.causal.steering.result",
+    "verify": "moe_lens.report.verify",
+    "export": "moe_lens.report.export",
 }
 
 if TYPE_CHECKING:
     from moe_lens.autointerp.pipeline import autointerp
     from moe_lens.autointerp.result import Labels
     from moe_lens.capture.run import Run, capture, open_run
+    from moe_lens.causal.faithfulness.result import Faithfulness
+    from moe_lens.causal.faithfulness.run import faithfulness
+    from moe_lens.causal.patching.result import Patching
+    from moe_lens.causal.patching.run import patch
+    from moe_lens.causal.steering.result import Steering
+    from moe_lens.causal.steering.run import steer
+    from moe_lens.causal.trial.job import validate
+    from moe_lens.causal.trial.result import Trial
+    from moe_lens.causal.triggers.result import Triggers
+    from moe_lens.causal.triggers.run import trigger_target
     from moe_lens.corpus.concepts import Concept, concept
     from moe_lens.corpus.text import Corpus, corpus
     from moe_lens.models import edits
@@ -56,18 +78,23 @@ if TYPE_CHECKING:
     from moe_lens.models.spec import Spec, inspect
     from moe_lens.probing.probe import Probes, probe
     from moe_lens.probing.published import read_published
+    from moe_lens.report.export import export
+    from moe_lens.report.page import report
+    from moe_lens.report.verify import verify
 
 __all__ = [
-    "Concept", "Corpus", "Diagnosis", "Labels", "Lens", "Probes", "Run", "Spec", "__version__", "autointerp", "capture",
-    "concept", "corpus", "doctor", "drop_renorm", "edits", "inspect", "load", "mask_refill", "mask_refill_keep", "mean",
-    "mean_off", "noise", "open_run", "probe", "read_published", "resample", "swap", "zero",
+    "Concept", "Corpus", "Diagnosis", "Faithfulness", "Labels", "Lens", "Patching", "Probes", "Run", "Spec",
+    "Steering", "Trial", "Triggers", "__version__", "autointerp", "capture", "concept", "corpus", "doctor",
+    "drop_renorm", "edits", "export", "faithfulness", "inspect", "load", "mask_refill", "mask_refill_keep", "mean",
+    "mean_off", "noise", "open_run", "patch", "probe", "read_published", "report", "resample", "steer", "swap",
+    "trigger_target", "validate", "verify", "zero",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     if name == "edits":  # all ten modes; `patch` is there only, the top level keeps that name for the verb
         return importlib.import_module("moe_lens.models.edits")
-    if name in ("autointerp", "capture", "corpus"):  # callable sub-packages, see moe_lens._callable
+    if name in ("autointerp", "capture", "corpus", "report"):  # callable sub-packages, see moe_lens._callable
         return importlib.import_module(f"moe_lens.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'moe_lens' has no attribute {name!r}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -61,6 +61,31 @@ def parse_names(text: str | Iterable[Any]) -> list[str]:
     """Names from ``a,b`` or a list of such; empty ones are dropped."""
     parts = [text] if isinstance(text, str) else list(text)
     return list(dict.fromkeys(name.strip() for part in parts for name in str(part).split(",") if name.strip()))
+
+
+def parse_biases(text: str | Mapping[Any, Any]) -> dict[str, float]:
+    """Numbers by name from ``L2.E3=2.0,L4.E0=-1``.
+
+    Raises:
+        BadConfig: a part that is not a name, ``=`` and a number, or a name that comes twice.
+    """
+    pairs = (
+        [(str(key), value) for key, value in text.items()]
+        if isinstance(text, Mapping)
+        else [(name.strip(), value) for name, _, value in (part.partition("=") for part in str(text).split(","))]
+    )
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise BadConfig(
+                f"cannot read the bias {name!r}={str(value)!r}: write biases as L2.E3=2.0,L4.E0=-1"
+            ) from None
+        if name in found:
+            raise BadConfig(f"{name} has two biases: give one")
+        found[name] = number
+    return found
 
 
 def _named(parse: Any) -> BeforeValidator:
@@ -208,6 +233,156 @@ class AutointerpConfig(RunConfig):
     concurrency: int = Field(default=16, ge=1, description="requests on their way at a time")
     timeout: float = Field(default=60, gt=0, description="seconds to wait for one reply")
     reply_tokens: OptionalCount = Field(default=None, description="longest reply to ask for (the server's own)")
+
+
+class ValidateConfig(RunConfig):
+    """Everything that ``moe-lens validate`` can be told."""
+
+    model: str = Field(default="bundled:tiny-moe", description="MoE model: a hub id, a folder, or bundled:tiny-moe")
+    experts: OptionalNames = Field(
+        default=None, description="all, or some such as L7.E12 (a sample of --n-labels that holds all loads)"
+    )
+    max_tokens: OptionalCount = Field(default=16_384, description="tokens of test documents that effects are read at")
+    labels: Path | None = Field(
+        default=None, description="CSV with layer,expert,label[,rule,concept] (labels.parquet of the run directory)"
+    )
+    labeller: str | None = Field(
+        default=None, description="whose labels of the run directory (those that were written last)"
+    )
+    judge: str = Field(
+        default="rule", description="who says where a label holds: rule (its rule or concept), openai:MODEL, gguf:FILE"
+    )
+    second_judge: str | None = Field(default=None, description="judges a tenth again, for Cohen's kappa (nobody)")
+    base_url: str | None = Field(default=None, description="address of the judge's server")
+    judge_positions: int = Field(
+        default=200, ge=1, description="visits that an LLM judge reads for each label, and as many other tokens"
+    )
+    n_labels: int = Field(default=32, ge=1, description="labels to try, drawn so that experts of all loads are there")
+    modes: Annotated[list[str], _named(parse_names)] = Field(
+        default=["zero", "mean_off"], description="ablation modes: these two give the verdict, others add columns"
+    )
+    nulls: OptionalNames = Field(
+        default=None,
+        description="kinds of false labels to try beside them, or none (all; shuffled only if that asks no LLM)",
+    )
+    matched: Literal["trial", "layer"] = Field(
+        default="trial", description="load-matched controls: experts on trial, or all of the layer (more passes)"
+    )
+    positions: Literal["all", "focal"] = Field(
+        default="all", description="focal edits every visit on its own: slow, to check all against"
+    )
+    horizon: int = Field(default=1, ge=1, description="predictions over which an effect is averaged")
+    draws: int = Field(default=2000, ge=100, description="bootstrap samples of documents")
+    triggers: Path | None = Field(
+        default=None, description="folder of trigger-target cases (JSON) to test in place of labels"
+    )
+
+
+class FaithfulnessConfig(RunConfig):
+    """Everything that ``moe-lens faithfulness`` can be told."""
+
+    rankings: OptionalNames = Field(
+        default=None,
+        description="load, gate_mass, gate_norm, reap, ean, max_activation, esft_gate, esft_token, gradient, "
+        "leave_one_out, a CSV with layer,expert,score; random is their control (load,gate_norm,gradient,random)",
+    )
+    modes: OptionalNames = Field(
+        default=None,
+        description="how experts are taken away: zero, mean, mean_off, resample, drop_renorm, mask_refill, "
+        "mask_refill_keep, noise (mean_off,mask_refill_keep)",
+    )
+    routing: Literal["live", "frozen"] = Field(
+        default="live", description="whether later layers choose experts anew: live or frozen"
+    )
+    universe: Literal["global", "per-layer"] = Field(
+        default="global", description="a bin is a share of all experts, or of each layer's: global or per-layer"
+    )
+    axis: Literal["count", "gate-mass"] = Field(
+        default="count", description="a bin is a share of the experts, or of their gate mass: count or gate-mass"
+    )
+    bins: OptionalNames = Field(
+        default=None, description="percent of the experts such as 1,5,10,20, or eraser, seed, mib (1,5,10,20)"
+    )
+    n_random: int = Field(default=20, ge=0, description="random control sets for each set, 0 for none")
+    n_matched: int = Field(default=5, ge=0, description="load-matched control sets for each set, 0 for none")
+    naopc: int = Field(
+        default=0, ge=0, le=30, description="experts, drawn by lot, over whose orders AOPC is normalised, at most 30"
+    )
+    draws: int = Field(default=1000, ge=0, description="bootstrap samples of documents behind the intervals")
+    max_tokens: Annotated[int, Field(ge=1)] = Field(  # type: ignore[assignment]
+        default=2048, description="tokens to score on; rankings are made from twice as many others"
+    )
+    document_tokens: Annotated[int, Field(ge=2)] = Field(  # type: ignore[assignment]
+        default=64, description="tokens to read of each document; many short texts tell more than few long ones"
+    )
+    include_first: bool = Field(default=False, description="count predictions at the first token of a window too")
+
+    @property
+    def shares(self) -> str | list[float]:
+        """`bins` as a preset's name or as shares of 1.
+
+        Raises:
+            BadConfig: neither percentages nor one name.
+        """
+        words = self.bins or ["default"]
+        if len(words) == 1 and words[0][:1].isalpha():
+            return words[0]
+        try:
+            found = sorted({float(word.removesuffix("%")) / 100 for word in words})
+        except ValueError:
+            found = [math.nan]
+        if not all(0 < share <= 1 for share in found):
+            raise BadConfig(
+                f"--bins {','.join(words)}: give percentages above 0 and up to 100 such as 1,5,10,20, or one of "
+                "eraser, seed, mib"
+            )
+        return found
+
+
+class SteerConfig(RunConfig):
+    """Everything that ``moe-lens steer`` can be told. It reads prompts, so what is said about a text falls away."""
+
+    dataset: ClassVar[str] = ""
+    dataset_config: ClassVar[None] = None
+    split: ClassVar[str] = ""
+    text_column: ClassVar[str] = ""
+    layers: ClassVar[None] = None
+    experts: ClassVar[None] = None
+    limit: ClassVar[None] = None
+    max_tokens: ClassVar[None] = None
+    document_tokens: ClassVar[None] = None
+    max_length: ClassVar[int] = 0
+    batch_size: ClassVar[int] = 1
+
+    model: str = Field(default="bundled:tiny-moe", description="MoE model: a hub id, a folder, or bundled:tiny-moe")
+    prompt: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(
+        default=None, description="a text to go on from; may be given again"
+    )
+    prompts: Path | None = Field(
+        default=None, description="file of more: a .txt with one a line, or a .jsonl of texts or lists of messages"
+    )
+    suppress: OptionalNames = Field(default=None, description="experts to keep out, such as L2.E3,L4.E0")
+    force: OptionalNames = Field(default=None, description="experts to bring in, such as L2.E3")
+    bias: Annotated[dict[str, float] | None, _optional(parse_biases)] = Field(
+        default=None, description="what to add to router logits, such as L2.E3=2,L4.E0=-1 (--kl sets their size)"
+    )
+    kl: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(lambda v: None if v == "none" else v)] = Field(
+        default=1.0,
+        description="nats by which the next token is to move, mean over the clean texts; none takes biases as they are "
+        "and suppresses or forces altogether",
+    )
+    controls: int = Field(default=5, ge=0, description="control experts of like load, steered to the same KL")
+    max_new_tokens: int = Field(default=32, ge=1, description="tokens to generate")
+    target: str | None = Field(
+        default=None, description="regular expression: the score is the share of the text that it covers"
+    )
+    target_text: str | None = Field(
+        default=None, description="text: the score is its log-probability right after the prompt"
+    )
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy; above it all arms draw with the same seed")
+    seed: int = Field(default=0, ge=0, description="seed of every draw")
+    output: Path | None = Field(default=None, description="run directory to write steering.parquet to (none)")
+    resume: bool = Field(default=True, description="show a run of the same settings; --no-resume makes it anew")
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -58,6 +58,12 @@ class NoServer(MoELensError):
     exit_code = 1
 
 
+class Underpowered(MoELensError):
+    """A run that finished, with too little text behind it to say anything."""
+
+    exit_code = 1
+
+
 class WriteFailed(MoELensError):
     """Writing a result failed (disk full, permissions). Nothing that was there before is damaged."""
 

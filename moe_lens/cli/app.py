@@ -15,11 +15,24 @@ from typing import NoReturn
 import typer
 
 from moe_lens import __version__
-from moe_lens.cli import autointerp, demo, doctor, inspect, ls, probe, show
+from moe_lens.cli import (
+    autointerp,
+    demo,
+    doctor,
+    export,
+    faithfulness,
+    inspect,
+    ls,
+    probe,
+    report,
+    show,
+    steer,
+    validate,
+)
 from moe_lens.errors import MoELensError, nearest
 
 DEBUG = "MOE_LENS_DEBUG"
-_RESUMABLE = ("probe", "autointerp", "demo")
+_RESUMABLE = ("probe", "autointerp", "validate", "faithfulness", "demo")
 
 app = typer.Typer(
     name="moe-lens",
@@ -34,7 +47,15 @@ app.command("inspect", short_help="what a model is made of, from its config")(in
 app.command("doctor", short_help="does moe-lens see a checkpoint right, and what does it offer")(doctor.doctor)
 app.command("probe", short_help="probe experts' neurons for concepts, beside a dense model")(probe.probe)
 app.command("autointerp", short_help="label experts, and score the labels")(autointerp.autointerp)
+app.command("validate", short_help="put labels on trial: are experts needed where labels say")(validate.validate)
+app.command("faithfulness", short_help="do rankings of experts say which ones the model needs")(
+    faithfulness.faithfulness
+)
+app.command("steer", short_help="generate with experts suppressed, forced or biased")(steer.steer)
 app.command("show", short_help="what a run says about an expert, with its exemplars")(show.show)
+app.command("report", short_help="a run as one offline HTML page")(report.report)
+app.command("verify", short_help="is a report what its tables say")(report.verify)
+app.command("export", short_help="a run as CSV, hub data set or Neuronpedia import")(export.export)
 app.command("demo", short_help="the bundled MoE against its dense twin, offline")(demo.demo)
 app.command("ls", short_help="tables of a run, or the runs in a folder")(ls.ls)
 

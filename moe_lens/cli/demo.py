@@ -1,4 +1,4 @@
-"""``moe-lens demo``: the bundled MoE against its dense twin, then labels for its experts, with nothing to download."""
+"""``moe-lens demo``: the bundled MoE against its dense twin, labels for its experts, and these labels on trial."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import typer
 
 from moe_lens import __version__
 from moe_lens.cli.options import Json, Resume, Verbose
-from moe_lens.config import AutointerpConfig, ProbeConfig, RunConfig
+from moe_lens.config import AutointerpConfig, ProbeConfig, RunConfig, ValidateConfig
+from moe_lens.errors import Underpowered
 
 MOE, DENSE, TEXT = "bundled:tiny-moe", "bundled:tiny-dense", "bundled:"
 DOCUMENT_TOKENS = 48
@@ -21,6 +22,9 @@ K = [1, 2, 8, 32]
 DRAWS, PERMUTATIONS = 5, 99
 LABEL_TOKENS = 128
 """Tokens per document from which experts are labelled: one pass of one model, so there is time for more."""
+ON_TRIAL = 16
+"""Labels on trial: a sample, because each takes passes of its own."""
+NULLS = ["frequent-token", "other-expert", "random-expert"]
 DIRECTORY = Path("runs/demo")
 
 
@@ -30,9 +34,9 @@ def demo(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare the bundled MoE with its dense twin and label its experts; about two minutes, seconds after that."""
+    """Compare the bundled MoE with its dense twin, label its experts, try the labels: about three minutes."""
     import moe_lens
-    from moe_lens.cli import autointerp, probe
+    from moe_lens.cli import autointerp, probe, validate
 
     shared: dict[str, Any] = {"model": MOE, "dataset": TEXT, "output": output, "resume": resume, "device": "cpu"}
     probing = ProbeConfig(
@@ -45,7 +49,8 @@ def demo(
         **shared,
     )
     labelling = AutointerpConfig(labeller="lexical", document_tokens=LABEL_TOKENS, **shared)
-    stamp = fingerprint(probing, labelling)
+    trying = ValidateConfig(n_labels=ON_TRIAL, nulls=NULLS, **shared)
+    stamp = fingerprint(probing, labelling, trying)
     earlier = stamp_of(output)
     if earlier != stamp or not resume:
         if earlier is not None:  # a demo of another version or of other bundled files: replace it
@@ -54,28 +59,37 @@ def demo(
         text = probe.read_corpus(probing)
         probe.run(probing, text)
         autointerp.run(labelling, text)
+        validate.run(trying, validate.check_labels(trying, moe_lens.inspect(MOE)), text)
         moe_lens.open_run(output).update_manifest(demo=stamp)
     show(output, json=json)
 
 
 def show(output: Path, *, json: bool) -> None:
-    """Print a finished demo from its run directory."""
+    """Print a finished demo from its run directory, and write its report.
+
+    Raises:
+        Underpowered: more than half of the labels on trial are underpowered, so the demo shows nothing about labels.
+    """
     import moe_lens
-    from moe_lens.autointerp.result import Labels
-    from moe_lens.cli import render, render_labels
-    from moe_lens.probing.result import Probes
+    from moe_lens.cli import render, render_labels, render_trial
 
     run = moe_lens.open_run(output)
-    probes, labels = Probes.of(run), Labels.of(run)
+    probes, labels, trial = moe_lens.Probes.of(run), moe_lens.Labels.of(run), moe_lens.Trial.of(run)
+    page = moe_lens.report(run)
     if json:
-        found = {"run": str(output), "finding": probes.finding(), "summary": probes.summary()}
-        render.print_json({**found, "labels": labels.to_dict()})
-        return
-    render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
-    render.top_experts(run.frame("routing_fields"))
-    render.probes(probes)
-    render_labels.labels(labels)
-    typer.echo(str(output))
+        found = {"run": str(output), "report": str(page), "finding": probes.finding(), "summary": probes.summary()}
+        render.print_json({**found, "labels": labels.to_dict(), "trial": trial.to_dict()})
+    else:
+        render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
+        render.top_experts(run.frame("routing_fields"))
+        render.probes(probes)
+        render_labels.labels(labels)
+        render_trial.trial(trial)
+        typer.echo(f"{page} shows it in a browser")
+        typer.echo(str(output))
+    underpowered = (trial.verdicts["verdict"] == "underpowered").mean()
+    if underpowered > 0.5:
+        raise Underpowered(f"{underpowered:.0%} of the labels on trial are underpowered: the demo needs a longer text")
 
 
 def fingerprint(*settings: RunConfig) -> dict[str, Any]:

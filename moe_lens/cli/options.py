@@ -50,7 +50,11 @@ _METAVARS |= dict.fromkeys(
     ("draws", "permutations", "splits", "items", "facets", "max_calls", "token_budget", "concurrency", "reply_tokens"),
     "N",
 )
-_METAVARS |= {"timeout": "SECONDS", "labels": "FILE"}
+_METAVARS |= dict.fromkeys(("n_random", "n_matched", "naopc", "document_tokens"), "N") | {"bins": "PERCENT"}
+_METAVARS |= {"timeout": "SECONDS", "labels": "FILE", "triggers": "DIR"}
+_METAVARS |= dict.fromkeys(("n_labels", "judge_positions", "horizon"), "N")
+_METAVARS |= {"prompt": "TEXT", "prompts": "FILE", "suppress": "EXPERTS", "force": "EXPERTS", "bias": "EXPERT=NUMBER"}
+_METAVARS |= {"kl": "NATS", "max_new_tokens": "N", "target": "REGEX", "temperature": "NUMBER"}
 
 
 def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:

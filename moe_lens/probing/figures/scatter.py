@@ -112,7 +112,8 @@ def _dots(figure: go.Figure, rows: pd.DataFrame, category: str, colour: str, sym
     side = "dense" if paired else "no neuron"
     text = [f"<b>{escape(r.concept)}</b> ({escape(category)})" for r in rows_of(rows)]
     figure.add_scatter(
-        x=rows.x, y=rows.moe, mode="markers", name=escape(category), hovertext=text, error_x=x_bar,
+        x=rows.x, y=rows.moe, mode="markers", name=escape(category), hovertext=text, customdata=rows.concept,
+        error_x=x_bar,
         error_y=bar | {"array": rows.moe_high - rows.moe, "arrayminus": rows.moe - rows.moe_low},
         marker={"size": 8, "color": colour, "symbol": symbol, "line": {"color": GROUND, "width": 0.8}},
         hovertemplate=f"%{{hovertext}}<br>MoE %{{y:.3f}}<br>{side} %{{x:.3f}}<extra></extra>",

@@ -1,0 +1,39 @@
+"""Every table as CSV; lists as JSON, so that they can be read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from moe_lens.capture.run import MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+    from moe_lens.capture.run import Run
+
+
+def write(run: Run, folder: Path) -> None:
+    """``TABLE.csv`` for each table, UTF-8, and the manifest."""
+    for name, table in run.tables().items():
+        lists_as_json(table).to_csv(folder / f"{name}.csv", index=False, encoding="utf-8")
+    shutil.copy(run.path / MANIFEST, folder / MANIFEST)
+
+
+def lists_as_json(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with the cells of list columns as JSON text."""
+    names = [str(name) for name in table.columns]
+    return table.assign(**{name: table[name].map(_json) for name in names if table[name].map(_is_list).any()})
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+
+
+def _json(value: Any) -> Any:
+    if not _is_list(value):
+        return value
+    return json.dumps(value.tolist() if hasattr(value, "tolist") else list(value), ensure_ascii=False)

@@ -1,0 +1,117 @@
+"""``report(run)``: one HTML file that shows a run, with no network and nothing installed but a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_lens.capture.run import Run, open_run
+from moe_lens.capture.store import replacing
+from moe_lens.report.claims import Claims
+from moe_lens.report.parts import Section, script_json
+
+if TYPE_CHECKING:
+    import jinja2
+    import pandas as pd
+
+FILE = "report.html"
+SECTIONS = ("front", "routing", "probing", "experts", "trial", "faithfulness", "provenance")
+"""Modules of `report.sections`, in the order of the page."""
+
+
+class ReadOnce(Run):
+    """A run whose tables are read once: a thousand cards ask for the same ones."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._frames: dict[str, pd.DataFrame] = {}
+
+    def frame(self, name: str) -> pd.DataFrame:
+        if name not in self._frames:
+            self._frames[name] = super().frame(name)
+        return self._frames[name]
+
+
+def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the report of a run.
+
+    The same tables give the same file, byte for byte. Parts that the run does not have are left out, with the command
+    that would add them.
+
+    Args:
+        run: a run, or its directory.
+        out: file to write; ``report.html`` in the run's directory by default.
+
+    Raises:
+        BadOutput: no run, or a run without any table.
+        WriteFailed: it cannot be written.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    path = run.path / FILE if out is None else Path(out)
+    page = render(run)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def sections_of(run: Run, say: Claims | None = None) -> list[Section]:
+    """What the page shows, without the page."""
+    run = ReadOnce(run.path)
+    say = say or Claims(run)
+    modules = [importlib.import_module(f"moe_lens.report.sections.{name}") for name in SECTIONS]
+    return [found for module in modules if (found := module.section(run, say)) is not None]
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    manifest = run.manifest
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=f"moe-lens: {manifest['model']['name']}",
+            manifest=manifest,
+            sections=sections_of(run),
+            hashes=table_hashes(run),
+            plotly=_plotly(),
+        )
+    )
+
+
+def table_hashes(run: Run) -> dict[str, str]:
+    """sha256 of every table file, by its name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.path.glob("*.parquet"))}
+
+
+@lru_cache(maxsize=1)
+def environment() -> jinja2.Environment:
+    """Templates, with everything escaped that is not marked as HTML: tokens and labels come from strangers."""
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["script_json"] = script_json
+    found.globals["asset"] = _asset
+    return found
+
+
+def _asset(name: str) -> Any:
+    """A style or script of ours, to be put into the page as it is."""
+    from markupsafe import Markup
+
+    return Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _plotly() -> Any:
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())

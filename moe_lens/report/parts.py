@@ -1,0 +1,196 @@
+"""What a section of the report is made of. Text in it is escaped when it is shown, unless it is `Markup`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import unescape
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_NO_CSS = Markup("")
+_TAG = re.compile(r"<[^>]+>")
+_COLOUR = re.compile(r"""<span style=["']color: ?(#[0-9A-Fa-f]{3,6});?["']>""")
+_STYLE = re.compile(r'style="([^"]*)"')
+_BREAK = re.compile(r"<br\s*/?>")
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A plot with its title in HTML, the rows behind it, and the table these are from."""
+
+    id: str
+    """Letters, digits and ``-``; unique in the page."""
+    title: str
+    subtitle: str | Markup
+    plot: Mapping[str, Any]
+    """``data`` and ``layout`` of plotly."""
+    rows: pd.DataFrame
+    source: str
+    """Names of tables, for the reader."""
+    choices: Mapping[str, Mapping[str, Any]] | None = None
+    """Other plots in this one's place, by the name in the menu (the layer of a heat map); `plot` is the first."""
+    choice: str = "show"
+    """What the menu is called."""
+    picks: tuple[str, str] | None = None
+    """Table and its filter that a click on a point sets to the point's ``customdata``."""
+
+    kind = "figure"
+
+    @classmethod
+    def of(cls, id: str, figure: go.Figure, *, rows: pd.DataFrame, source: str) -> Figure:
+        """A figure of the library: its title and subtitle become HTML, which wraps on a narrow page."""
+        plot = json.loads(str(figure.to_json()))
+        layout = plot["layout"]
+        title = layout.pop("title", {})
+        layout.get("margin", {})["t"] = 16
+        layout.pop("template", None)
+        width = layout.pop("width", None)
+        if width:
+            layout["meta"] = {"width": width}  # what it was drawn for: narrower pages scroll
+        text = _shown(title.get("text", "")).striptags()
+        return cls(id, text, _shown(title.get("subtitle", {}).get("text", "")), plot, rows, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the page's script needs."""
+        return {"plot": self.plot, "choices": self.choices, "picks": self.picks, **columns_of(self.rows)}
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table that can be sorted and, with `search`, filtered. Cells are text, numbers or `Markup`."""
+
+    id: str
+    title: str
+    rows: pd.DataFrame
+    source: str
+    headings: Mapping[str, str] | None = None
+    """Names of columns for people."""
+    forms: Mapping[str, str] | None = None
+    """Format specification of a column of numbers."""
+    search: bool = False
+    filters: Sequence[str] = ()
+    """Columns with a menu of their values."""
+    links: str | None = None
+    """Column whose cells are links to fragments of the same name (``L7.E12``)."""
+
+    kind = "table"
+
+    def to_dict(self) -> dict[str, Any]:
+        shown = {name: (self.headings or {}).get(name, name.replace("_", " ")) for name in self.rows.columns}
+        return {
+            **columns_of(self.rows), "headings": shown, "forms": dict(self.forms or {}), "filters": list(self.filters),
+            "links": self.links, "search": self.search,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Cards:
+    """One piece of HTML for each address, opened by its fragment (``#L7.E12``)."""
+
+    id: str
+    title: str
+    cards: Mapping[str, Markup]
+    source: str
+    css: Markup = _NO_CSS
+
+    kind = "cards"
+
+    @classmethod
+    def of(cls, id: str, title: str, cards: Mapping[str, Markup], *, source: str) -> Cards:
+        """Cards whose inline styles, which notebooks need, become classes: a third of the size."""
+        names: dict[str, str] = {}
+
+        def name(found: re.Match[str]) -> str:
+            return f'class="{names.setdefault(found[1], f"c{len(names)}")}"'
+
+        small = {address: Markup(_STYLE.sub(name, html)) for address, html in cards.items()}
+        css = "".join(f".{short}{{{style}}}" for style, short in names.items())
+        return cls(id, title, small, source, Markup(css))
+
+
+@dataclass(frozen=True)
+class Prose:
+    """A paragraph, escaped unless it is `Markup`."""
+
+    text: str | Markup
+
+    kind = "prose"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that the run does not have, and the command that would add it."""
+
+    what: str
+    command: str
+
+    kind = "missing"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Questions with what the run says to each, or the command that would."""
+
+    answers: tuple[tuple[str, Markup | Missing], ...]
+
+    kind = "answers"
+
+
+Part = Figure | Table | Cards | Prose | Answers | Missing
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A heading with a sentence under it, and its parts."""
+
+    id: str
+    title: str
+    lead: str | Markup
+    parts: tuple[Part, ...]
+
+
+def columns_of(rows: pd.DataFrame) -> dict[str, Any]:
+    """Rows by column, as JSON has them: None where there is no value."""
+    plain = rows.astype(object).where(rows.notna(), None)
+    return {"columns": {str(name): [_plain(value) for value in plain[name]] for name in plain.columns}}
+
+
+def script_json(value: Any) -> Markup:
+    """JSON inside a ``<script>`` element: nothing in it can end the element or start another."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list | tuple) or type(value).__name__ == "ndarray":
+        return [_plain(v) for v in value]
+    return (
+        value.item() if hasattr(value, "item") else value if isinstance(value, str | int | bool | None) else str(value)
+    )
+
+
+def _shown(html: str) -> Markup:
+    """Plotly's little HTML: bold and coloured pieces stay, line breaks become blanks, all else is text."""
+    out, at = Markup(""), 0
+    for tag in _TAG.finditer(html):
+        out += unescape(html[at : tag.start()])
+        if _BREAK.fullmatch(tag[0]):
+            out += " "
+        elif found := _COLOUR.fullmatch(tag[0]):
+            out += Markup('<span style="color:{}">').format(found[1])
+        elif tag[0] in ("</span>", "<b>", "</b>"):
+            out += Markup(tag[0])
+        at = tag.end()
+    return out + unescape(html[at:])
