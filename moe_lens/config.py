@@ -257,6 +257,12 @@ class ValidateConfig(RunConfig):
     judge_positions: int = Field(
         default=200, ge=1, description="visits that an LLM judge reads for each label, and as many other tokens"
     )
+    max_calls: Annotated[int, Field(ge=0)] | None = Field(default=None, description="calls to each LLM judge (any)")
+    token_budget: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="call an LLM judge no more after this many tokens of prompts and replies (any)"
+    )
+    concurrency: int = Field(default=16, ge=1, description="requests to an LLM judge on their way at a time")
+    timeout: float = Field(default=60, gt=0, description="seconds to wait for one reply")
     n_labels: int = Field(default=32, ge=1, description="labels to try, drawn so that experts of all loads are there")
     modes: Annotated[list[str], _named(parse_names)] = Field(
         default=["zero", "mean_off"], description="ablation modes: these two give the verdict, others add columns"

@@ -360,7 +360,10 @@ def _labels(
 def _digest(labels: pd.DataFrame | None) -> str:
     from moe_lens.capture.run import digest
 
-    return "" if labels is None else digest(labels[["layer", "expert", "facet", "label", "rule"]].to_dict("records"))
+    if labels is None:
+        return ""
+    says = [name for name in ("layer", "expert", "facet", "label", "rule", "concept") if name in labels]
+    return digest(labels[says].to_dict("records"))
 
 
 def _with_earlier(run: Run | None, asked: Asked, found: pd.DataFrame) -> pd.DataFrame:

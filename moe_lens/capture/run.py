@@ -100,6 +100,13 @@ class Run:
             raise BadOutput(f"{self.path} has no table {name!r}; it has: {have}")
         return pd.read_parquet(path)
 
+    def of_expert(self, name: str, at: ExpertAddress) -> pd.DataFrame:
+        """Rows of one expert, without reading those of the others."""
+        import pandas as pd
+
+        wanted = [("layer", "==", at.layer), ("expert", "==", at.expert)]
+        return pd.read_parquet(self.path / f"{name}.parquet", filters=wanted)
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table of the run by name."""
         return {path.stem: self.frame(path.stem) for path in self._table_paths()}
@@ -274,7 +281,7 @@ def identity_of(lens: Lens, corpus: Corpus, *, seed: int) -> dict[str, Any]:
         "model": {
             "name": lens.name,
             "revision": lens.revision,
-            "config_hash": digest(lens.model.config.to_dict()),
+            "config_hash": digest(_config(lens)),
             "dtype": str(lens.model.dtype).removeprefix("torch."),
             "kernel": lens.kernel,
             "tokenizer_hash": tokenizer_hash(lens.tokenizer),
@@ -282,6 +289,11 @@ def identity_of(lens: Lens, corpus: Corpus, *, seed: int) -> dict[str, Any]:
         "corpus": {"id": corpus.id, "sha256": corpus.sha256, "n_documents": len(corpus)},
         "seed": seed,
     }
+
+
+def _config(lens: Lens) -> dict[str, Any]:
+    """The checkpoint's config without the folder it was read from: a checkpoint may move."""
+    return {name: value for name, value in lens.model.config.to_dict().items() if name != "_name_or_path"}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

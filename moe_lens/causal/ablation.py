@@ -121,11 +121,11 @@ def prepare(
     modes: tuple[Any, ...] = tuple(edit) if isinstance(edit, (list, tuple)) else (edit,)
     if lens.is_edited:
         raise BadConfig("effects are measured against the clean model: leave the lens.edit block first")
-    unprepared = [_ready(mode, None) if isinstance(mode, Mode) else mode for mode in modes]
+    unprepared = [prepared(mode, None) if isinstance(mode, Mode) else mode for mode in modes]
     with lens.edit(*unprepared, routing=routing, whole_layers=whole_layers):
         pass  # refuses what cannot be done
     record = EditRecord()
-    ready = tuple(_ready(mode, mode.prepare(lens, record)) for mode in modes)
+    ready = tuple(prepared(mode, mode.prepare(lens, record)) for mode in modes)
     return Ablation(ready, routing, tokens, whole_layers, record)
 
 
@@ -134,8 +134,8 @@ def _names(mode: Mode) -> str:
     return shown if len(mode.experts) <= 3 else f"{shown} and {len(mode.experts) - 3} more"
 
 
-def _ready(mode: Mode, state: Any) -> Any:
-    """A copy of a mode whose `prepare` gives `state`."""
+def prepared(mode: Mode, state: Any) -> Any:
+    """A copy of a mode whose `prepare` gives `state`: what many passes share is collected once."""
     ready = copy.copy(mode)
     object.__setattr__(ready, "prepare", lambda _lens, _record: state)
     return ready

@@ -116,7 +116,7 @@ def plan(found: TrialPlan, calls: Mapping[str, Mapping[str, int]]) -> None:
         f"{found.n_passes:,} passes, about {found.minutes:.1f} minutes (one took {found.seconds_per_pass:.2f} s here)"
     )
     for judge, asked in calls.items():
-        typer.echo(f"{judge} would be asked about {asked['tokens']:,} tokens, in {asked['calls']:,} calls")
+        typer.echo(f"{judge} would be asked about {asked['tokens']:,} tokens, in at most {asked['calls']:,} calls")
     poor = [label for label in found.labels if label.lacks]
     if poor:
         note = "underpowered whatever the passes would show: give more documents, or a larger --max-tokens"

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from moe_lens.errors import BadConfig
+from moe_lens.types import Status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,5 +57,6 @@ def shuffled(settings: ValidateConfig, on_trial: OnTrial, lens: Lens, text: Corp
             clients=asked,
             seed=settings.seed,
         )
-    run.write(TABLE, found.assign(**{_KEY: made_of}))
+    if not found["status"].isin([str(Status.FAILED), str(Status.NOT_RUN)]).any():  # else ask again next time
+        run.write(TABLE, found.assign(**{_KEY: made_of}))
     return found

@@ -180,7 +180,16 @@ def make_judge(settings: ValidateConfig, name: str | None, *, keep: bool = True)
     from moe_lens.autointerp.pipeline import REPLIES
 
     cache = settings.output / REPLIES if keep and settings.output is not None else None
-    return focal_judge.make_judge(name, base_url=settings.base_url, cache=cache, seed=settings.seed)
+    return focal_judge.make_judge(
+        name,
+        base_url=settings.base_url,
+        cache=cache,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        max_calls=settings.max_calls,
+        token_budget=settings.token_budget,
+        seed=settings.seed,
+    )
 
 
 def run(settings: ValidateConfig, on_trial: OnTrial, text: Corpus) -> Trial:

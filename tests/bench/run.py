@@ -1,4 +1,4 @@
-"""``make bench``: what capture, probing, labelling and ablation cost, as ratios inside one run.
+"""``make bench``: what capture, probing, labelling, ablation and trials cost, as ratios inside one run.
 
 One thread a side; some fifteen minutes.
 """
@@ -17,6 +17,7 @@ from labelling import labelling_cost
 from probing import probing_cost
 from sklearn.exceptions import ConvergenceWarning
 from timing import seconds
+from trying import trying_cost
 
 import moe_lens as ml
 from moe_lens.corpus.batches import tokenize
@@ -54,6 +55,7 @@ def main() -> None:
     results["labelling"] = labelling_cost(lens, corpus)
     results["probing"] = probing_cost(lens, tokenized)
     results["ablating"] = ablating_cost(tokenized)
+    results["trying"] = trying_cost(lens, corpus)
     print(json.dumps(results))
 
 

@@ -5,14 +5,14 @@ Each (mode, set) runs once, whoever asks for it: small bins of different ranking
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from moe_lens.causal.ablation import prepared
 from moe_lens.causal.effects import TOGETHER, Effects
 from moe_lens.causal.faithfulness.kept import KeptSets, Key, SetEffect
 from moe_lens.causal.faithfulness.sets import emptied
@@ -66,7 +66,7 @@ def edit_maker(
         whole = by_name
         if mode == "mean_off":  # runs every expert on 512 inputs, so once for all sets
             vectors = by_name(units).prepare(effects.lens, EditRecord())
-            whole = lambda chosen: _prepared(by_name(chosen), vectors)  # noqa: E731
+            whole = lambda chosen: prepared(by_name(chosen), vectors)  # noqa: E731
         else:
             known = np.array([bool(reference.count[u.layer][u.expert]) for u in units])
 
@@ -79,13 +79,6 @@ def edit_maker(
         return [f(group) for f, group in zip((whole, MODES["zero"]), chosen, strict=True) if group]
 
     return make
-
-
-def _prepared(mode: Mode, state: Any) -> Mode:
-    """`mode` with what its `prepare` would find."""
-    ready = copy.copy(mode)
-    object.__setattr__(ready, "prepare", lambda _lens, _record: state)
-    return ready
 
 
 class Measured:
