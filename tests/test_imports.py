@@ -15,7 +15,7 @@ import moe_lens
 
 PACKAGE = Path(moe_lens.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("types", "errors", "config", "stats", "plots", "_callable"), 0),
+    **dict.fromkeys(("types", "errors", "config", "stats", "plots", "notebook", "_callable"), 0),
     "models": 1,
     "corpus": 2,
     "capture": 3,

@@ -22,6 +22,9 @@ HEADLINE = "same_token"
 """Negatives of the headline: the token id of a positive, not routed."""
 _SCORERS = ("detection", "rule", "embedding", "fuzz")
 """In the order in which the headline looks for one."""
+N_SHOWN = 20
+"""Labels that a notebook shows."""
+_HEADINGS = {"address": "expert", "auroc": "AUROC", "ci_low": "from", "ci_high": "to", "bigram": "token pairs"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -179,9 +182,11 @@ class Labels:
         return f"Labels({len(self.labels)} of {self.labeller})\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.notebook import result_html, table_html
 
         columns = ["address", "label", "status", "auroc", "ci_low", "ci_high", "bigram"]
-        best = self.frame.sort_values("auroc", ascending=False, na_position="last")[columns].head(20)
-        table = best.to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0, na_rep="-")
-        return f"<p>{escape(self.finding())}</p>{table}"
+        best = self.frame.sort_values("auroc", ascending=False, na_position="last")[columns].head(N_SHOWN)
+        said = [self.finding()]
+        if len(self.frame) > len(best):
+            said.append(f"Below: the {len(best)} of {len(self.frame)} with the highest AUROC, which flatters them.")
+        return result_html(" ".join(said), table_html(best, headings=_HEADINGS))

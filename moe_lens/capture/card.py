@@ -186,11 +186,8 @@ def _expert(address: str | ExpertAddress) -> ExpertAddress:
 
 
 def _of_expert(run: Run, name: str, at: ExpertAddress) -> pd.DataFrame | None:
-    """Its rows of one table, without reading those of the others."""
-    if not run.has(name):
-        return None
-    wanted = [("layer", "==", at.layer), ("expert", "==", at.expert)]
-    return pd.read_parquet(run.path / f"{name}.parquet", filters=wanted).reset_index(drop=True)
+    """Its rows of one table."""
+    return run.of_expert(name, at).reset_index(drop=True) if run.has(name) else None
 
 
 def _nowhere(run: Run, at: ExpertAddress) -> str:

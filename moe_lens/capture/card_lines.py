@@ -16,8 +16,11 @@ _NEGATIVES = ("same_token", "random", "near_miss", "other", "moved")
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as dicts, with None for every kind of missing value."""
-    rows: Any = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return rows
+    columns = [
+        [value if there else None for value, there in zip(frame[name].tolist(), known, strict=True)]
+        for name, known in zip(frame, frame.notna().to_numpy().T.tolist(), strict=True)
+    ]
+    return [dict(zip(map(str, frame), row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def probe_line(probes: pd.DataFrame) -> str:

@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_lens import __version__
 from moe_lens.capture import tables
 from moe_lens.capture.routing import RoutingStats
 from moe_lens.capture.store import write_json, write_table
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-_PACKAGES = ("moe-lens", "torch", "transformers", "scikit-learn", "datasets", "pandas", "numpy")
+_PACKAGES = ("torch", "transformers", "scikit-learn", "datasets", "pandas", "numpy")
 
 
 def digest(value: Any) -> str:
@@ -63,9 +64,17 @@ class Run:
     def _repr_html_(self) -> str:
         from html import escape
 
-        rows = "".join(f"<li><code>{escape(p.name)}</code></li>" for p in self._table_paths())
-        model = escape(str(self.manifest.get("model", {}).get("name", "?")))
-        return f"<b>moe-lens run</b> <code>{escape(str(self.path))}</code> on {model}<ul>{rows}</ul>"
+        manifest, path = self.manifest, escape(str(self.path))
+        model = escape(str(manifest.get("model", {}).get("name", "?")))
+        done = "".join(
+            f"<li><code>{escape(name)}</code>: {escape(str(entry.get('state', '?')))}</li>"
+            for name, entry in manifest["commands"].items()
+        )
+        tables = ", ".join(f"<code>{escape(table.stem)}</code>" for table in self._table_paths()) or "none yet"
+        return (
+            f"<p><b>moe-lens run</b> <code>{path}</code> on {model}</p><ul>{done}</ul><p>Tables: {tables}. "
+            f"All of it on one page: <code>moe-lens report {path}</code></p>"
+        )
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -254,7 +263,7 @@ def _new_manifest(identity: dict[str, Any]) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that can change a number."""
-    found = {}
+    found = {"moe-lens": __version__}  # as it runs: a checkout on the path need not be installed
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

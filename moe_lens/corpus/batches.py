@@ -116,8 +116,10 @@ class Tokenized:
         return pd.DataFrame(rows, columns=columns)
 
     def _repr_html_(self) -> str:
+        from html import escape
+
         head = f"{self.n_tokens:,} tokens in {len(self):,} windows, {len(self.concepts)} concepts"
-        return f"<b>{self.corpus.name}</b>: {head}{self.counts().head(12).to_html(index=False)}"
+        return f"<b>{escape(self.corpus.name)}</b>: {head}{self.counts().head(12).to_html(index=False)}"
 
 
 def tokenize(

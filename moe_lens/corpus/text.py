@@ -98,7 +98,9 @@ class Corpus:
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        return f"<b>{self.name}</b>: {len(self):,} documents{self.frame.head(5).to_html(index=False)}"
+        from html import escape
+
+        return f"<b>{escape(self.name)}</b>: {len(self):,} documents{self.frame.head(5).to_html(index=False)}"
 
 
 def fingerprint(documents: Iterable[Document]) -> str:

@@ -197,12 +197,15 @@ class Probes:
         return f"Probes({len(self.cells)} probes, {self.cells.concept.nunique()} concepts)\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.notebook import result_html, table_html
 
-        columns = ["arm", "metric", "k", "moe", "dense", "gap", "ci_low", "ci_high", "chance_moe", "chance_dense"]
-        arms = pd.concat([self.arms(metric=metric) for metric in ("auroc", "f1_balanced", "f1")])
-        table = arms[columns].to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
-        return f"<p>{escape(self.finding())}</p>{table}"
+        columns = ["arm", "metric", "k", "moe", "chance_moe", "dense", "chance_dense", "gap", "ci_low", "ci_high"]
+        columns += ["n_cells_moe", "n_cells_dense"]
+        arms = pd.concat([self.arms(metric=metric) for metric in ("f1_balanced", "f1", "auroc")])
+        arms = arms[columns].dropna(axis="columns", how="all")
+        headings = {"moe": "MoE", "chance_moe": "chance", "chance_dense": "chance", "ci_low": "from", "ci_high": "to",
+                    "n_cells_moe": "cells, MoE", "n_cells_dense": "cells, dense"}  # fmt: skip
+        return result_html(self.finding(), table_html(arms, headings=headings, forms={"gap": "+"}))
 
 
 def _own_score(k: int, f1: dict[Any, Any]) -> str:

@@ -27,6 +27,8 @@ _MORE = {
 """Field to the name of its table in a run directory."""
 TABLES = ("faithfulness", *_MORE.values())
 ALPHA = 0.05
+_KL = ("comprehensiveness_kl", "sufficiency_kl")
+_SHOWN = ["mode", "score", "ranking", "value", "control", "control_value", "gap", "low", "high", "p"]
 ENOUGH_MATCHED = 0.5
 """Share of experts with a match of like load from which the load-matched control is quoted."""
 
@@ -223,11 +225,12 @@ class Faithfulness:
         return f"Faithfulness({self.frame['ranking'].nunique()} rankings)\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.notebook import result_html, table_html
 
-        rows = self.areas.sort_values(["mode", "ranking"], kind="stable")
-        table = rows.to_html(index=False, float_format=lambda value: f"{value:.3f}", border=0)
-        return f"<p>{escape(self.finding())}</p>{table}"
+        rows = self.gaps[(self.gaps["quantity"] == AOPC) & self.gaps["score"].isin(_KL)]
+        rows = rows[rows["super_experts"] == "included"].sort_values(["mode", "score", "ranking"], kind="stable")
+        table = table_html(rows[_SHOWN], forms={"gap": "+", "p": ".2f"})
+        return result_html(self.findings(), table)
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

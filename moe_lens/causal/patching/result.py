@@ -149,13 +149,12 @@ class Patching:
         return f"Patching({self.direction}, {len(self.experts)} experts)\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.notebook import result_html, table_html
 
         rows = self.experts.head(12).drop(columns=["unit", "position"])
-        tables = [rows.to_html(index=False, border=0, float_format=lambda value: f"{value:.3f}")]
-        if len(self.coalitions):
-            tables.append(self.coalitions.to_html(index=False, border=0, float_format=lambda value: f"{value:.3f}"))
-        return f"<p>{escape(self.finding())}</p>{''.join(tables)}"
+        rows.insert(0, "address", [f"L{a}.E{b}" for a, b in zip(rows["layer"], rows["expert"], strict=True)])
+        tables = [rows.drop(columns=["layer", "expert"]), *([self.coalitions] if len(self.coalitions) else [])]
+        return result_html(self.finding(), *(table_html(table, headings={"address": "expert"}) for table in tables))
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -217,7 +217,7 @@ class Steering:
         for number, prompt in enumerate(self.settings["prompts"]):
             cells = [prompt, *(self.text(number, arm) for arm in shown)]
             style = "white-space:pre-wrap;text-align:left;vertical-align:top"
-            body += "<tr>" + "".join(f"<td style='{style}'>{escape(cell)}</td>" for cell in cells) + "</tr>"
+            body += "<tr>" + "".join(f"<td dir='auto' style='{style}'>{escape(cell)}</td>" for cell in cells) + "</tr>"
         columns = ["arm", "address", "load", "strength", "kl", "changed", "score", "change"]
         table = self.summary()[columns].to_html(index=False, border=0, float_format=lambda v: f"{v:.3f}", na_rep="-")
         return f"<p>{escape(self.finding())}</p><table><tr>{head}</tr>{body}</table>{table}"

@@ -25,6 +25,7 @@ def page(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> str:
         order: of verdicts.
     """
     s = trial.settings
+    by_kind, verdicts = tables(trial, real, order)
     supported = real[real["verdict"] == str(Verdict.SUPPORTED)]["exclusive"].value_counts()
     words = ", ".join(f"{supported.get(str(word), 0)} {word}" for word in Exclusive)
     lines = [
@@ -33,11 +34,11 @@ def page(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> str:
         f"{s.get('n_documents', 0):,} held-out documents, live routing, horizon {s.get('horizon')}. Judge: "
         f"{s.get('judge') or 'the rules and concepts of the labels'}. An expert counts as needed from "
         f"{s.get('delta', float('nan')):.3g} nats per token in both modes. Supported: {words}. {_fit(trial.frame)}", "",
-        *_markdown(_by_kind(trial.summary(), order)), "",
+        *_markdown(by_kind), "",
         "effect: nats per token that visited tokens of the label lose without the expert. need: the same beyond a "
         "co-selected one at equal gates; the mode with the smaller need is shown. routing: AUROC of the label for the "
         f"expert's visits, from {ROUTING}.", "",
-        *_markdown(_verdicts(real)), "",
+        *_markdown(verdicts), "",
         "Behind them, in the same mode. tokens, documents: marked and visited / marked only / visited only / neither, "
         "and documents with marked / visited / both / visited only. C: mean effect at marked tokens minus at others; "
         "C visited: the same among visited tokens; specificity: C minus that of load-matched experts; elsewhere: "
@@ -46,6 +47,11 @@ def page(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> str:
         "", *_markdown(_behind(real)), "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def tables(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Labels by kind and verdict, and the verdicts with their numbers, as text."""
+    return _by_kind(trial.summary(), order), _verdicts(real)
 
 
 def _fit(frame: pd.DataFrame) -> str:

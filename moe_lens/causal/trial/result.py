@@ -52,7 +52,10 @@ class Trial:
         settings = run.manifest["commands"].get("validate", {}).get("settings")
         if settings is None or not run.has(TABLE):
             raise BadOutput(f"{run.path} holds no trial of labels: run moe-lens validate -o {run.path} first")
-        return cls(run.frame(TABLE), settings, run)
+        frame = run.frame(TABLE)
+        if not {*_VERDICT_COLUMNS} <= {*frame.columns, "address"}:
+            raise BadOutput(f"the trial in {run.path} is of an older moe-lens: run the same command with --no-resume")
+        return cls(frame, settings, run)
 
     def __getitem__(self, address: str | ExpertAddress) -> pd.DataFrame:
         """All rows of one expert, its false labels too.
@@ -156,9 +159,10 @@ class Trial:
         return f"Trial({len(self.verdicts)} labels)\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.causal.trial.page import tables
+        from moe_lens.notebook import result_html, table_html
 
-        return f"<p>{escape(self.finding())}</p>{self.verdicts.to_html(index=False)}"
+        return result_html(self.finding(), *map(table_html, tables(self, self._real, VERDICT_ORDER)))
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -214,9 +214,9 @@ class Triggers:
         return f"Triggers({len(self._experts)} experts, {len(self._once)} cases)\n{self.finding()}"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from moe_lens.notebook import result_html, table_html
 
-        return f"<p>{escape(self.finding())}</p>{self.lines().to_html(index=False)}"
+        return result_html(self.finding(), table_html(self.lines()))
 
 
 def _percent(value: float) -> str:
