@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv; a second run finds the stamp file and installs nothing.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo test test-all check bench conformance notebooks clean
+.PHONY: help install install-dev demo test test-all check bench conformance notebooks screenshot clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,6 +41,10 @@ conformance: $(VENV)/.stamp-dev ## check every model family and write the table 
 notebooks: $(VENV)/.stamp-dev ## run every notebook from top to bottom
 	@if compgen -G "notebooks/*.ipynb" >/dev/null; then $(PYTEST) --nbmake --nbmake-timeout=600 notebooks; \
 	else echo "no notebooks yet"; fi
+
+screenshot: $(VENV)/.stamp-dev ## picture of the demo's report for the README (needs chromium)
+	@$(BIN)/moe-lens demo -o runs/screenshot
+	@$(BIN)/python -m tests.report.screenshot runs/screenshot .github/screenshot.png
 
 clean: ## remove .venv, caches and built files (runs/ stays)
 	@rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

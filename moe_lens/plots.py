@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,11 @@ def layout(
     )  # fmt: skip
     figure.update_xaxes(showgrid=False, zeroline=False, linecolor=RULE)
     figure.update_yaxes(gridcolor="#EEEEEE", zeroline=False)
+
+
+def text_of(value: object) -> str:
+    """Any text inside plotly's little HTML, which knows ``&lt;`` but not ``&quot;``."""
+    return escape(str(value), quote=False)
 
 
 def empty(message: str, *, width: int, height: int) -> go.Figure:

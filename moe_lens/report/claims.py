@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
 
 
+_TAKES = ("value", "count", "share", "share_low", "share_high", "sum", "mean", "median", "min", "max")
+
+
 @dataclass(frozen=True)
 class Claim:
     """One number: which rows of which table, and what is made of them."""
@@ -51,8 +54,10 @@ class Claim:
         """The number, from its table.
 
         Raises:
-            BadOutput: a column that is not there, or `value` of several rows or none.
+            BadOutput: a column that is not there, `value` of several rows or none, or something else to take.
         """
+        if self.take not in _TAKES:
+            raise BadOutput(f"nothing is known to take as {self.take!r}: write the report again")
         for name in (*self.where, *(self.among or {}), *self.distinct, *([self.column] if self.column else [])):
             if name not in table:
                 raise BadOutput(f"{self.table}.parquet has no column {name!r}: write the report again")
@@ -87,8 +92,16 @@ class Claim:
 
     @classmethod
     def from_json(cls, text: str) -> Claim:
-        values = json.loads(text)
-        return cls(**{**values, "distinct": tuple(values["distinct"])})
+        """What `to_json` gave.
+
+        Raises:
+            BadOutput: something else.
+        """
+        try:
+            values = json.loads(text)
+            return cls(**{**values, "distinct": tuple(values["distinct"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadOutput(f"this is no claim of a report: {text[:80]!r}") from error
 
 
 @dataclass

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lens.capture.run import Run, open_run
 from moe_lens.capture.store import replacing
+from moe_lens.errors import BadOutput
 from moe_lens.report.claims import Claims
 from moe_lens.report.parts import Section, script_json
 
 if TYPE_CHECKING:
     import jinja2
     import pandas as pd
+
+    from moe_lens.types import ExpertAddress
 
 FILE = "report.html"
 SECTIONS = ("front", "routing", "probing", "experts", "trial", "faithfulness", "provenance")
@@ -28,11 +31,30 @@ class ReadOnce(Run):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._frames: dict[str, pd.DataFrame] = {}
+        self._by_expert: dict[str, tuple[pd.DataFrame, dict[Any, tuple[int, int]]]] = {}
+        self._experts: pd.DataFrame | None = None
 
     def frame(self, name: str) -> pd.DataFrame:
         if name not in self._frames:
             self._frames[name] = super().frame(name)
         return self._frames[name]
+
+    def of_expert(self, name: str, at: ExpertAddress) -> pd.DataFrame:
+        if name not in self._by_expert:
+            table = self.frame(name).sort_values(["layer", "expert"], kind="stable", ignore_index=True)
+            strings = table.select_dtypes("string").columns
+            table = table.astype(dict.fromkeys(strings, object))  # many small slices of Arrow's are slow
+            ends = table.groupby(["layer", "expert"]).size().cumsum()
+            places = dict(zip(ends.index, zip([0, *ends], ends, strict=False), strict=True))
+            self._by_expert[name] = table, places
+        table, places = self._by_expert[name]
+        start, stop = places.get((at.layer, at.expert), (0, 0))
+        return table.iloc[start:stop]
+
+    def experts(self) -> pd.DataFrame:
+        if self._experts is None:
+            self._experts = super().experts()
+        return self._experts.copy()
 
 
 def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
@@ -46,11 +68,15 @@ def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
         out: file to write; ``report.html`` in the run's directory by default.
 
     Raises:
-        BadOutput: no run, or a run without any table.
+        BadOutput: no run, a run without any table, or a folder in place of a file.
         WriteFailed: it cannot be written.
     """
     run = run if isinstance(run, Run) else open_run(run)
     path = run.path / FILE if out is None else Path(out)
+    if path.is_dir():
+        raise BadOutput(f"{path} is a folder: give --out a file, such as {path / FILE}")
+    if not table_files(run):
+        raise BadOutput(f"{run.path} has no tables yet: run moe-lens probe --model ... -o {run.path} first")
     page = render(run)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -83,7 +109,11 @@ def render(run: Run) -> str:
 
 def table_hashes(run: Run) -> dict[str, str]:
     """sha256 of every table file, by its name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.path.glob("*.parquet"))}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in table_files(run)}
+
+
+def table_files(run: Run) -> list[Path]:
+    return sorted(run.path.glob("*.parquet"))
 
 
 @lru_cache(maxsize=1)

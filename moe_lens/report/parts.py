@@ -45,17 +45,24 @@ class Figure:
     kind = "figure"
 
     @classmethod
-    def of(cls, id: str, figure: go.Figure, *, rows: pd.DataFrame, source: str) -> Figure:
-        """A figure of the library: its title and subtitle become HTML, which wraps on a narrow page."""
+    def of(cls, id: str, figure: go.Figure, *, rows: pd.DataFrame, source: str, least: int = 560) -> Figure:
+        """A figure of the library: its title and subtitle become HTML, which wraps on a narrow page.
+
+        Args:
+            least: pixels from which on it scrolls rather than shrinks.
+        """
         plot = json.loads(str(figure.to_json()))
         layout = plot["layout"]
         title = layout.pop("title", {})
-        layout.get("margin", {})["t"] = 16
+        margin, above = layout.get("margin", {}), _title_height(title)
+        margin["t"] = max(16, margin.get("t", 0) - above)
+        if "height" in layout:
+            layout["height"] -= above
         layout.pop("template", None)
         width = layout.pop("width", None)
         if width:
-            layout["meta"] = {"width": width}  # what it was drawn for: narrower pages scroll
-        text = _shown(title.get("text", "")).striptags()
+            layout["meta"] = {"width": width, "least": min(least, width)}
+        text = _plain_text(title.get("text", ""))
         return cls(id, text, _shown(title.get("subtitle", {}).get("text", "")), plot, rows, source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,8 +179,8 @@ def script_json(value: Any) -> Markup:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
+    if isinstance(value, float):  # a whole number is a count of a column that has gaps
+        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
     if isinstance(value, list | tuple) or type(value).__name__ == "ndarray":
         return [_plain(v) for v in value]
     return (
@@ -181,13 +188,26 @@ def _plain(value: Any) -> Any:
     )
 
 
+def _title_height(title: Mapping[str, Any]) -> int:
+    """Pixels that `plots.layout` keeps for the title and its subtitle."""
+    subtitle = title.get("subtitle", {})
+    sizes = [(one.get("text") or "", one.get("font", {}).get("size", 0)) for one in (title, subtitle)]
+    lines = sum(1.3 * size * (1 + len(_BREAK.findall(text))) for text, size in sizes)
+    return round(title.get("pad", {}).get("t", 0) + lines)
+
+
+def _plain_text(html: str) -> str:
+    """A title without its tags and with its entities as characters."""
+    return unescape(_TAG.sub("", _BREAK.sub(" ", html)))
+
+
 def _shown(html: str) -> Markup:
-    """Plotly's little HTML: bold and coloured pieces stay, line breaks become blanks, all else is text."""
+    """Plotly's little HTML: line breaks, bold and coloured pieces stay, other tags go, all else is text."""
     out, at = Markup(""), 0
     for tag in _TAG.finditer(html):
         out += unescape(html[at : tag.start()])
         if _BREAK.fullmatch(tag[0]):
-            out += " "
+            out += Markup("<br>")
         elif found := _COLOUR.fullmatch(tag[0]):
             out += Markup('<span style="color:{}">').format(found[1])
         elif tag[0] in ("</span>", "<b>", "</b>"):

@@ -61,7 +61,7 @@ def verify(run: Run | str | Path) -> Verification:
     page = _Page()
     page.feed(text)
     hashes = page.hashes()
-    problems = _tables(hashes, table_hashes(run)) + _claims(page.claims, Claims(run))
+    problems = _tables(hashes, table_hashes(run)) + page.unreadable + _claims(page.claims, Claims(run))
     if not problems and render(run) != text:
         problems.append(f"{FILE} is not what the tables give now, though its quoted numbers are: write it again")
     return Verification(len(hashes), len(page.claims), tuple(problems))
@@ -96,6 +96,7 @@ class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.claims: list[tuple[Claim, str]] = []
+        self.unreadable: list[str] = []
         self._claim: Claim | None = None
         self._hashes = ""
         self._in_hashes = False
@@ -111,7 +112,11 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         if tag == "data" and given.get("class") == "claim":
-            self._claim = Claim.from_json(given.get("data-claim") or "{}")
+            try:
+                self._claim = Claim.from_json(given.get("data-claim") or "{}")
+            except BadOutput as error:
+                self.unreadable.append(str(error))
+                return
             self.claims.append((self._claim, ""))
         self._in_hashes = tag == "script" and given.get("id") == "hashes"
 

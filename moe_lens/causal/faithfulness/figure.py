@@ -185,7 +185,7 @@ def alignment(result: Faithfulness) -> go.Figure:
         every = max(1, len(layers) // 16)
         figure.update_xaxes(
             tickvals=list(range(0, len(layers), every)), ticktext=[f"L{layer}" for layer in layers[::every]],
-            range=[-0.4, len(layers) - 0.6], row=1, col=column,
+            range=[-0.4, len(layers) - 0.6], title="layer", row=1, col=column,
         )  # fmt: skip
     lowest = min(0.0, float(np.nanmin(frame[["spearman", "spearman_low"]].to_numpy(float))))
     figure.update_yaxes(range=[max(-1.0, lowest) - 0.05, 1.05], tickvals=[-1, -0.5, 0, 0.5, 1])

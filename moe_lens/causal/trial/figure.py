@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from html import escape
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from moe_lens import plots
 from moe_lens.causal.trial.claims import REAL
 from moe_lens.causal.trial.verdict import DELTA, ROUTING, VERDICT_MODES, Verdict
 from moe_lens.plots import BLUE, GREEN, INK, MUTED, ORANGE, RED, SKY, empty, faint, layout, number, rows_of
@@ -121,7 +121,7 @@ def _bar(rows: pd.DataFrame, name: str, scale: float, hue: str) -> dict[str, Any
 
 def _hover(row: Any) -> str:
     kind = "" if row.label_kind == REAL else f" {row.label_kind}"
-    label = "<br>".join(map(escape, wrap(str(row.label), 60)))
+    label = "<br>".join(map(plots.text_of, wrap(str(row.label), 60)))
     need = f"need {number(1000 * row.need, '.0f')} mnat [{number(1000 * row.need_low, '.0f')}, "
     need += f"{number(1000 * row.need_high, '.0f')}] under {row.mode}"
     routing = f"routing {number(row.auroc_routing, '.2f')} [{number(row.auroc_routing_low, '.2f')}, "
@@ -219,7 +219,7 @@ def _dots(
 def _verdict_of(rows: pd.DataFrame) -> str:
     real = rows[rows["label_kind"] == REAL].drop_duplicates("facet")
     where = f"L{rows['layer'].iloc[0]}.E{rows['expert'].iloc[0]}"
-    said = "; ".join(f"“{_short(row.label)}” is {row.verdict}" for row in rows_of(real))
+    said = "; ".join(f"“{plots.text_of(_short(row.label))}” is {row.verdict}" for row in rows_of(real))
     return f"{where}: {said or 'no label of its own'}"
 
 
@@ -231,5 +231,5 @@ def _name(row: Any) -> str:
     head = "its label" if row.label_kind == REAL else row.label_kind
     facet = f" {row.facet}" if row.facet else ""
     hue = INK if row.label_kind == REAL else MUTED
-    first = escape(_short(str(row.label), 28))
+    first = plots.text_of(_short(str(row.label), 28))
     return f"<span style='color:{hue}'><b>{head}{facet}</b>: {row.verdict}<br>{first}</span>"

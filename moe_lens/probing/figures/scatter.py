@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_lens import plots
 from moe_lens.errors import BadConfig
 from moe_lens.plots import (
     BLUE,
@@ -110,9 +110,9 @@ def _dots(figure: go.Figure, rows: pd.DataFrame, category: str, colour: str, sym
     if paired:
         x_bar = bar | {"array": rows.dense_high - rows.x, "arrayminus": rows.x - rows.dense_low}
     side = "dense" if paired else "no neuron"
-    text = [f"<b>{escape(r.concept)}</b> ({escape(category)})" for r in rows_of(rows)]
+    text = [f"<b>{plots.text_of(r.concept)}</b> ({plots.text_of(category)})" for r in rows_of(rows)]
     figure.add_scatter(
-        x=rows.x, y=rows.moe, mode="markers", name=escape(category), hovertext=text, customdata=rows.concept,
+        x=rows.x, y=rows.moe, mode="markers", name=plots.text_of(category), hovertext=text, customdata=rows.concept,
         error_x=x_bar,
         error_y=bar | {"array": rows.moe_high - rows.moe, "arrayminus": rows.moe - rows.moe_low},
         marker={"size": 8, "color": colour, "symbol": symbol, "line": {"color": GROUND, "width": 0.8}},
@@ -143,7 +143,7 @@ def _name_extremes(figure: go.Figure, rows: pd.DataFrame, low: float, high: floa
         box, offset = _place(dots[i], _CHARACTER * len(name), taken, dots)
         taken.append(box)
         figure.add_annotation(
-            x=rows.x[i], y=rows.moe[i], text=escape(name), ax=offset[0], ay=-offset[1], arrowcolor="#999999",
+            x=rows.x[i], y=rows.moe[i], text=plots.text_of(name), ax=offset[0], ay=-offset[1], arrowcolor="#999999",
             arrowwidth=1, arrowhead=0, standoff=5, font={"size": 11, "color": INK}, borderpad=1,
         )  # fmt: skip
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens import plots
 from moe_lens.plots import (
     BLUE,
     GROUND,
@@ -183,7 +183,7 @@ def _draw_dots(figure: go.Figure, table: pd.DataFrame, bars: pd.DataFrame, low: 
     shown = dots.y.clip(low, high)
     symbols = np.select([dots.y > high, dots.y < low], ["triangle-up", "triangle-down"], "circle")
     text = [
-        f"<b>{escape(str(r.group))}</b><br>{names[r.step]} {number(r.value, '+')}"
+        f"<b>{plots.text_of(r.group)}</b><br>{names[r.step]} {number(r.value, '+')}"
         + (f"<br>{number(r.after, '+')} left" if r.kind == "removed" else "")
         for r in rows_of(dots)
     ]

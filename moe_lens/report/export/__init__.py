@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lens.capture.run import Run, open_run
-from moe_lens.errors import BadConfig, BadOutput, nearest
+from moe_lens.errors import BadConfig, BadOutput, WriteFailed, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,21 +34,26 @@ def export(run: Run | str | Path, *, to: str, out: str | Path | None = None) -> 
     Raises:
         BadConfig: an unknown format.
         BadOutput: no run, a folder that is not empty, or a run without what the format needs.
+        WriteFailed: it cannot be written.
     """
     if to not in FORMATS:
         raise BadConfig(f"unknown format {to!r}{nearest(to, FORMATS)}: give one of {', '.join(FORMATS)}")
     run = run if isinstance(run, Run) else open_run(run)
-    folder = run.path / f"export-{to}" if out is None else Path(out)
+    folder = run.path / f"export-{to}" if out is None else Path(out).resolve()
     if folder.is_file() or (out is not None and folder.exists() and any(folder.iterdir())):
         raise BadOutput(f"{folder} is not empty: give --out a new or an empty folder")
+    if not any(run.path.glob("*.parquet")):
+        raise BadOutput(f"{run.path} has no tables yet: run moe-lens probe --model ... -o {run.path} first")
     write: Callable[[Run, Path], None] = importlib.import_module(f"{__name__}.{FORMATS[to]}").write
     unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         write(run, unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
+    except OSError as error:
+        raise WriteFailed(f"cannot write {folder} ({error.strerror or error}): give --out another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -37,7 +37,8 @@ def section(run: Run, say: Claims) -> Section:
     table = _table(run, say)
     parts.append(
         Table("expert-table", "All experts", table, _sources(run), headings=_HEADINGS, forms=_FORMS, search=True,
-              filters=[c for c in ("layer", "verdict", "labelled") if c in table], links="address")
+              filters=[c for c in ("layer", "verdict", "labelled") if c in table],
+              links="address" if run.has("exemplars") else None)
     )  # fmt: skip
     parts += _cards(run, table["address"].tolist())
     for needed, what, command in (
@@ -46,10 +47,11 @@ def section(run: Run, say: Claims) -> Section:
     ):
         if not run.has(needed):
             parts.append(Missing(what, command))
-    lead = Markup(
-        "{} experts. Click an address for its card; the address of the page then leads there again. AUROC is that of "
-        "the label for the same token ids routed or not, beside what token pairs alone reach."
-    ).format(say.count("routing", where={"role": "moe"}, distinct=_KEY))
+    lead = Markup("{} experts.").format(say.count("routing", where={"role": "moe"}, distinct=_KEY))
+    if run.has("exemplars"):
+        lead += " Click an address for its card; the address of the page then leads there again."
+    if "score" in table:
+        lead += " AUROC is that of the label for the same token ids routed or not, beside what token pairs alone reach."
     return Section("experts", "Experts", lead, tuple(parts))
 
 
@@ -59,7 +61,7 @@ def _table(run: Run, say: Claims) -> pd.DataFrame:
     table["load_over_even"] = table["load_share"] / even
     columns = ["address", "layer", "load_over_even", "output_norm"]
     columns += [c for c in ("top_domain", "top_domain_lift") if c in table]
-    if run.has("labels"):
+    if run.has("labels") and run.has("label_scores"):
         from moe_lens.autointerp.result import Labels
 
         frame = Labels.of(run).frame
@@ -72,7 +74,7 @@ def _table(run: Run, say: Claims) -> pd.DataFrame:
     if run.has("validation"):
         table = table.merge(_verdicts(say.table("validation")), how="left", on=_KEY)
         columns += ["verdict", "need", "auroc_routing"]
-    return table[columns + (["label"] if "label" in table else [])]
+    return table[[columns[0], *(["label"] if "label" in table else []), *columns[1:]]]
 
 
 def _verdicts(validation: pd.DataFrame) -> pd.DataFrame:
@@ -95,6 +97,6 @@ def _cards(run: Run, addresses: list[str]) -> list[Part]:
     for address in addresses:
         try:
             cards[address] = Markup(run.card(address, n=n)._repr_html_())
-        except OutOfRange as nothing:
-            cards[address] = Markup("<p>{}</p>").format(str(nothing))
+        except OutOfRange:  # its message names the folder, which must not get into a page that is passed on
+            cards[address] = Markup("<p>{} has no exemplars in this run.</p>").format(address)
     return [Cards.of("cards", "", cards, source="exemplars.parquet")]

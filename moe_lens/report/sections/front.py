@@ -117,7 +117,7 @@ def _experts(run: Run, say: Claims, model: str) -> Markup | Missing:
         )
         for row in plots.rows_of(top)
     ]
-    said = Markup("By {}: {}.").format(ranking.replace("_", " "), Markup(", ").join(names))
+    said = Markup("By {} (scores in brackets): {}.").format(ranking.replace("_", " "), Markup(", ").join(names))
     for mode in gaps["mode"].unique():
         where = {"ranking": ranking, "mode": mode, "quantity": "aopc", "super_experts": "included", "control": "random",
                  "score": "comprehensiveness_kl"}  # fmt: skip

@@ -38,7 +38,8 @@ def section(run: Run, say: Claims) -> Section:
     if len(probes.steps):
         steps = probes.steps[(probes.steps.metric == _METRIC) & (probes.steps.k == k)]
         rows = steps[steps.group == MEAN].drop(columns=["metric", "group"])
-        parts.append(Figure.of("probing-waterfall", probes.waterfall(), rows=rows, source="waterfall.parquet"))
+        figure = probes.waterfall()
+        parts.append(Figure.of("probing-waterfall", figure, rows=rows, source="waterfall.parquet", least=760))
     else:
         parts.append(Missing("A dense model to compare with", f"moe-lens probe --model {name} --baseline DENSE_MODEL"))
     arms = pd.concat([probes.arms(metric=metric) for metric in (_METRIC, "f1", "auroc")])
@@ -57,7 +58,7 @@ def section(run: Run, say: Claims) -> Section:
               "probe.parquet", forms=dict.fromkeys(_BEST[5:10], ".3f"), headings={"f1_always_positive": "always yes",
               "n_pos_test": "positives", "n_test": "tokens", "role": "model"}, filters=("concept", "role"), search=True,
               links="address" if run.has("exemplars") else None),
-        Figure.of("probing-k", probes.against_k(metric=_METRIC), rows=means, source="comparison.parquet"),
+        Figure.of("probing-k", probes.against_k(metric=_METRIC), rows=means, source="comparison.parquet", least=820),
     ]  # fmt: skip
     if probes.neurons is not None:
         parts.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,7 +104,8 @@ def _heat(rows: pd.DataFrame, name: str) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=np.log2(np.clip(lift.to_numpy()[order], 1 / 8, 8)), x=[f"E{e}" for e in lift.columns],
-            y=lift.index[order].tolist(), customdata=np.dstack([lift.to_numpy()[order], share.to_numpy()[order]]),
+            y=[escape(value, quote=False) for value in lift.index[order]],
+            customdata=np.dstack([lift.to_numpy()[order], share.to_numpy()[order]]),
             colorscale=_AROUND_ONE, zmid=0, zmin=-3, zmax=3,
             hovertemplate=f"{name} %{{y}}, %{{x}}: %{{customdata[1]:.1%}} of its tokens, "
                           "%{customdata[0]:.2f} × their share elsewhere<extra></extra>",
@@ -119,6 +121,7 @@ def _heat(rows: pd.DataFrame, name: str) -> go.Figure:
     height = 150 + 19 * len(lift)
     plots.layout(figure, title, subtitle, width=860, height=height, left=150)
     figure.update_xaxes(title="expert")
+    figure.update_yaxes(title={"text": name, "standoff": 6}, showgrid=False)
     return figure
 
 
@@ -156,7 +159,7 @@ def _pair_heat(rows: pd.DataFrame) -> go.Figure:
     )
     plots.layout(figure, "Experts chosen together", subtitle, width=620, height=560, left=64)
     figure.update_xaxes(title="expert", constrain="domain")
-    figure.update_yaxes(title="expert", autorange="reversed", scaleanchor="x", constrain="domain")
+    figure.update_yaxes(title="expert", autorange="reversed", scaleanchor="x", constrain="domain", showgrid=False)
     return figure
 
 

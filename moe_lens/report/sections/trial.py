@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
     from moe_lens.report.claims import Claims
 
-_SHOWN = ("address", "facet", "verdict", "exclusive", "need", "need_low", "need_high", "q", "auroc_routing", "lift",
-          "n_docs_z1r1", "mode")  # fmt: skip
+_SHOWN = ("address", "facet", "label", "verdict", "exclusive", "need", "need_low", "need_high", "q", "auroc_routing",
+          "lift", "n_docs_z1r1", "mode")  # fmt: skip
 _HEADINGS = {
     "address": "expert", "n_docs_z1r1": "documents", "auroc_routing": "routing AUROC", "need_low": "from",
     "need_high": "to", "exclusive": "needed elsewhere too?", "label_kind": "labels",
@@ -34,7 +34,7 @@ def section(run: Run, say: Claims) -> Section | None:
         return None
     trial = Trial.of(run)
     weakest = trial.verdicts
-    weakest = weakest[[*(name for name in _SHOWN if name in weakest), "label"]]
+    weakest = weakest[[name for name in _SHOWN if name != "facet" or weakest["facet"].any()]]
     by_expert = {address: _of_expert(trial, address) for address in dict.fromkeys(weakest["address"])}
     parts: list[Part] = [
         Figure.of("trial-plane", trial.plot(), rows=_rows(trial.frame), source="validation.parquet"),
@@ -59,7 +59,7 @@ def section(run: Run, say: Claims) -> Section | None:
 
 
 def _of_expert(trial: Trial, address: str) -> Figure:
-    return Figure.of("trial-expert", trial.plot(address), rows=trial.frame.head(0), source="")
+    return Figure.of("trial-expert", trial.plot(address), rows=trial.frame.head(0), source="", least=820)
 
 
 def _rows(frame: pd.DataFrame) -> pd.DataFrame:

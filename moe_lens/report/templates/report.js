@@ -29,8 +29,16 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setT
 const figures = new Map();
 const figureOf = (id) => { if (!figures.has(id)) figures.set(id, read("data-" + id)); return figures.get(id); };
 const chosen = new Map();
+const sixDigits = (colour) => (colour.length === 4 ? "#" + [...colour.slice(1)].map((c) => c + c).join("") : colour);
+const hex = (parts) => "#" + parts.map((n) => (+n).toString(16).padStart(2, "0")).join("").toUpperCase();
 function inPageColours(value, colours) {
-  if (typeof value === "string") return colours[value.toUpperCase()] || value;
+  if (typeof value === "string") {
+    if (/^#[0-9a-f]{6}$/i.test(value)) return colours[value.toUpperCase()] || value;
+    const faint = /^rgba\((\d+), ?(\d+), ?(\d+), ?([\d.]+)\)$/.exec(value);
+    const base = faint && colours[hex(faint.slice(1, 4))];
+    if (base) return base + Math.round(255 * faint[4]).toString(16).padStart(2, "0");
+    return value.replace(/color: ?(#[0-9a-f]{6})/gi, (all, found) => `color:${colours[found.toUpperCase()] || found}`);
+  }
   if (Array.isArray(value)) return value.map((v) => inPageColours(v, colours));
   if (value && typeof value === "object") {
     return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, inPageColours(v, colours)]));
@@ -39,14 +47,13 @@ function inPageColours(value, colours) {
 }
 function draw(canvas) {
   const id = canvas.dataset.figure, { plot, choices, picks } = figureOf(id);
-  const style = getComputedStyle(document.documentElement), of = (name) => style.getPropertyValue(name).trim();
+  const style = getComputedStyle(document.documentElement), of = (name) => sixDigits(style.getPropertyValue(name).trim());
   const colours = { "#222222": of("--ink"), "#666666": of("--muted"), "#DDDDDD": of("--rule"), "#EEEEEE": of("--faint"),
-    "#FFFFFF": of("--ground"), "#0072B2": of("--blue") };
+    "#FFFFFF": of("--ground"), "#0072B2": of("--blue"), "#000000": of("--ink"), "#F4F4F2": of("--mid") };
   const choice = canvas.dataset.choice || chosen.get(id);
   const { data, layout } = inPageColours((choices && choices[choice]) || plot, colours);
-  const drawnFor = (layout.meta && layout.meta.width) || 700;
-  const room = canvas.parentElement.clientWidth;
-  const width = Math.max(Math.min(room, 1040), Math.min(drawnFor, 560, Math.max(room, 560)));
+  const { width: drawnFor = 700, least = 560 } = layout.meta || {};
+  const width = Math.max(Math.min(canvas.parentElement.clientWidth, drawnFor), least);
   Plotly.react(canvas, data, { ...layout, width, autosize: false }, { displaylogo: false, displayModeBar: false });
   if (picks && !canvas.classList.contains("drawn")) {
     canvas.on("plotly_click", (event) => {
@@ -124,7 +131,7 @@ function fill(state) {
     const line = make("tr");
     for (const name of names) {
       const value = data.columns[name][i], isNumber = state.numeric.has(name);
-      const cell = make("td", null, { class: isNumber ? "number" : state.long.has(name) ? "text long" : "text", dir: isNumber ? "ltr" : "auto" });
+      const cell = make("td", null, { class: isNumber ? "number" : state.long.has(name) ? "text long" : state.short.has(name) ? "text short" : "text", dir: isNumber ? "ltr" : "auto" });
       if (name === data.links && /^L\d+\.E\d+$/.test(value)) cell.append(make("a", value, { href: "#" + value }));
       else if (name === "verdict" && value) cell.append(make("span", value, { class: "verdict " + value }));
       else cell.textContent = shown(value, data.forms[name]);
@@ -143,8 +150,9 @@ function build(holder) {
   const id = holder.dataset.table, data = figureOf(id), names = Object.keys(data.columns);
   const box = holder.querySelector(".scroll"), controls = holder.querySelector(".controls");
   const numeric = new Set(names.filter((name) => data.columns[name].some((v) => typeof v === "number")));
+  const short = new Set(names.filter((name) => data.columns[name].every((v) => v === null || String(v).length <= 24)));
   const long = new Set(names.filter((name) => data.columns[name].some((v) => typeof v === "string" && v.length > 40)));
-  const state = { data, box, numeric, long, order: null, descending: false, query: "", wanted: {}, menus: {},
+  const state = { data, box, numeric, long, short, order: null, descending: false, query: "", wanted: {}, menus: {},
     counter: make("span", "", { "aria-live": "polite" }) };
   const table = make("table"), head = make("tr");
   for (const name of names) {
@@ -193,14 +201,22 @@ function pick(table, name, value) {
 }
 
 // cards: #L7.E12 opens one
+let opener = null; // where the focus goes back to
+function closeCard() {
+  const article = document.getElementById("card"), address = location.hash;
+  article.hidden = true;
+  history.replaceState(null, "", "#experts");
+  const link = opener && opener.isConnected ? opener : document.querySelector(`#expert-table a[href="${address}"]`);
+  (link || document.querySelector("#experts h2")).focus();
+}
 function openCard() {
   const article = document.getElementById("card");
   if (!article) return;
-  const address = decodeURIComponent(location.hash.slice(1));
+  const address = location.hash.slice(1);
   if (!/^L\d+\.E\d+$/.test(address)) return;
   const found = document.querySelector(`template[data-card="${CSS.escape(address)}"]`);
   const close = make("button", "Close", { type: "button", style: "float:right" });
-  close.addEventListener("click", () => { article.hidden = true; history.replaceState(null, "", "#experts"); });
+  close.addEventListener("click", closeCard);
   article.replaceChildren(close, found ? found.content.cloneNode(true) : make("p", `This run has no card of ${address}.`));
   article.hidden = false;
   const trial = document.getElementById("data-trial-expert") && figureOf("trial-expert");
@@ -217,7 +233,13 @@ function openCard() {
 addEventListener("hashchange", openCard);
 addEventListener("keydown", (event) => {
   const article = document.getElementById("card");
-  if (event.key === "Escape" && article && !article.hidden) { article.hidden = true; history.replaceState(null, "", "#experts"); }
+  if (event.key === "Escape" && article && !article.hidden) closeCard();
+});
+document.addEventListener("click", (event) => {
+  const link = event.target.closest && event.target.closest('a[href^="#L"]');
+  if (!link) return;
+  opener = link;
+  if (link.hash === location.hash) openCard(); // no change of the fragment, so no event
 });
 setTheme(theme);
 openCard();

@@ -1,0 +1,1 @@
+"""The report: sections, claims, verification, exports, and the page in a browser."""

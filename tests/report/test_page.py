@@ -1,0 +1,141 @@
+"""The page: complete, the same every time, and honest about what a run lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+import moe_lens as ml
+from moe_lens.capture.card import expert_card
+from moe_lens.capture.run import open_run
+from moe_lens.report.page import ReadOnce, render, report, sections_of, table_hashes
+from tests.report import made
+
+ALL = ["findings", "routing", "probing", "experts", "trial", "faithfulness", "provenance"]
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def page_of(folder: Path, *names: str) -> str:
+    return render(open_run(made.write_run(folder, *names)))
+
+
+def without_scripts(page: str) -> str:
+    return re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.DOTALL)
+
+
+def test_every_section_is_there_and_says_something(full: Path) -> None:
+    sections = sections_of(open_run(full))
+    assert [section.id for section in sections] == ALL
+    assert all(part.kind != "missing" for section in sections for part in section.parts)
+
+
+def test_the_same_tables_give_the_same_bytes(full: Path, mine: Path) -> None:
+    (mine / "report.html").unlink()
+    assert report(mine).read_bytes() == (full / "report.html").read_bytes()
+
+
+def test_the_page_asks_for_nothing_outside_itself(full: Path) -> None:
+    page = (full / "report.html").read_text(encoding="utf-8")
+    for tag, attributes in Elements(page).found:
+        for name in ("src", "href", "srcset", "action", "data"):
+            value = attributes.get(name) or ""
+            assert not value or value.startswith(("#", "data:")), (tag, value)
+    (policy,) = (a["content"] for t, a in Elements(page).found if t == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_no_text_of_a_run_becomes_an_element(full: Path) -> None:
+    page = (full / "report.html").read_text(encoding="utf-8")
+    found = Elements(page).found
+    assert [a for t, a in found if t == "script" and a.get("type") != "application/json"] == [{}, {}]
+    assert not [t for t, a in found if t in ("img", "iframe") or any(name.startswith("on") for name in a)]
+    assert made.SCRIPT not in page
+    assert "&lt;script&gt;window.injected = 1&lt;/script&gt;" in page  # the model's name
+    assert "&#34;it&#39;s&#34; &lt;b&gt;&amp;amp;" in page  # the corpus
+
+
+def test_the_page_is_small(full: Path) -> None:
+    plotly = len(get_plotlyjs().encode())
+    assert plotly < (full / "report.html").stat().st_size < plotly + 500_000
+
+
+@pytest.mark.parametrize(
+    ("tables", "commands"),
+    [
+        (("routing",), ["probe", "autointerp", "validate", "faithfulness"]),
+        (("probe", "comparison"), ["probe", "autointerp", "validate", "faithfulness"]),
+        (("routing", "exemplars"), ["probe", "autointerp", "validate", "faithfulness"]),
+        (("routing", "labels", "label_scores", "label_summary", "label_answers", "exemplars"), ["validate"]),
+        (("routing", "validation"), ["probe", "autointerp", "faithfulness"]),
+        (("routing", "labels"), ["validate"]),
+        (tuple(made.faithfulness()), ["probe", "validate"]),
+    ],
+    ids=str,
+)
+def test_missing_parts_name_the_command_that_adds_them(
+    tmp_path: Path, tables: tuple[str, ...], commands: list[str]
+) -> None:
+    page = without_scripts(page_of(tmp_path / "run", *tables))
+    named = set(re.findall(r"moe-lens (\w+) ", " ".join(re.findall(r"<code>(.*?)</code> adds it", page))))
+    assert named.issuperset(commands)
+    for section in ALL:
+        assert f'<section id="{section}"' in page or section == "trial"
+
+
+def test_nothing_is_missing_from_a_full_run(full: Path) -> None:
+    assert "adds it." not in without_scripts((full / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_figure_and_table_has_rows_and_a_source(full: Path) -> None:
+    names = {path.stem for path in full.glob("*.parquet")} | {"manifest"}
+    for section in sections_of(open_run(full)):
+        for part in section.parts:
+            if part.kind in ("figure", "table"):
+                assert len(part.rows), part.id
+                for source in part.source.split(", "):
+                    assert source == "the files themselves" or source.partition(".")[0] in names, part.id
+
+
+def test_every_figure_has_titles_on_its_axes(full: Path) -> None:
+    bare = {"probing-waterfall", "trial-expert", "faithfulness-curves", "faithfulness-alignment"}
+    for section in sections_of(open_run(full)):
+        for part in section.parts:
+            if part.kind == "figure" and part.id not in bare:  # these name their columns or rows on the axis
+                layout = part.plot["layout"]
+                assert layout["xaxis"]["title"]["text"], part.id
+                assert layout["yaxis"]["title"]["text"], part.id
+
+
+def test_a_card_read_from_memory_is_the_card_of_the_run(full: Path) -> None:
+    plain, fast = open_run(full), ReadOnce(full)
+    for address in ("L2.E1", "L2.E3"):
+        assert expert_card(fast, address, n=4)._repr_html_() == expert_card(plain, address, n=4)._repr_html_()
+
+
+def test_the_report_goes_where_it_is_told(full: Path, tmp_path: Path) -> None:
+    path = ml.report(str(full), out=tmp_path / "deep" / "page.html")
+    assert path.read_bytes() == (full / "report.html").read_bytes()
+
+
+def test_hashes_are_those_of_the_files(full: Path) -> None:
+    page = (full / "report.html").read_text(encoding="utf-8")
+    (found,) = re.findall(r'<script type="application/json" id="hashes">(.*?)</script>', page)
+    assert json.loads(found) == table_hashes(open_run(full))
+    assert set(json.loads(found)) == {path.name for path in full.glob("*.parquet")}
