@@ -148,7 +148,10 @@ class RunConfig(BaseModel):
     local_files_only: bool = Field(default=False, description="never ask the hub, use what its cache holds")
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     output: Path | None = Field(default=None, description="run directory (runs/ and the model's name)")
-    resume: bool = Field(default=True, description="continue a run of the same settings; --no-resume starts it anew")
+    resume: bool = Field(
+        default=True,
+        description="go on with a command of the same settings, replace one of others; --no-resume starts anew",
+    )
 
     @property
     def batch_windows(self) -> int | None:

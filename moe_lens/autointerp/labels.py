@@ -148,7 +148,10 @@ def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
         rows.append({**checked, "labeller": f"file:{path.name}"})
     if not rows:
         raise BadConfig(f"{path} holds no label: write a row 'layer,expert,label' for each")
-    return label_frame(rows)
+    try:
+        return label_frame(rows)
+    except BadConfig as error:
+        raise BadConfig(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> list[dict[str, str]]:

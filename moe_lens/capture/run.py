@@ -233,16 +233,29 @@ def create_run(path: str | Path, identity: dict[str, Any]) -> Run:
             for stray in path.glob(".*.tmp"):  # of a process that was killed while it wrote
                 stray.unlink(missing_ok=True)
             return run
-        old = manifest.get("model", {}).get("name", "another model")
         raise BadOutput(
-            f"{path} holds another run ({old}, corpus {manifest.get('corpus', {}).get('id', '?')}, "
-            f"seed {manifest.get('seed', '?')}): give another -o; --resume only continues a run of the same "
-            f"model, corpus, seed and settings"
+            f"{path} holds another run ({_differences(manifest, identity)}): give another -o; --resume only continues "
+            "a run of the same model, corpus, seed and settings"
         )
     if path.exists() and any(path.iterdir()):
         raise BadOutput(f"{path} is not empty and is no moe-lens run: give -o a new or an empty folder")
     write_json(path / MANIFEST, _new_manifest(identity))
     return Run(path)
+
+
+def _differences(manifest: dict[str, Any], identity: dict[str, Any]) -> str:
+    """What a run holds and what was asked for, where they differ."""
+    told = {"config_hash": "another config", "tokenizer_hash": "another tokenizer", "sha256": "another text"}
+    found = []
+    for part, wanted in identity.items():
+        held = manifest.get(part)
+        if not isinstance(wanted, dict) or not isinstance(held, dict):
+            found += [f"{part} {held}, not {wanted}"] * (held != wanted)
+            continue
+        for name, value in wanted.items():
+            if held.get(name) != value:
+                found.append(told.get(name) or f"{part} {name} {held.get(name)}, not {value}")
+    return "; ".join(found) or "of another moe-lens"
 
 
 def _new_manifest(identity: dict[str, Any]) -> dict[str, Any]:
@@ -301,8 +314,9 @@ def identity_of(lens: Lens, corpus: Corpus, *, seed: int) -> dict[str, Any]:
 
 
 def _config(lens: Lens) -> dict[str, Any]:
-    """The checkpoint's config without the folder it was read from: a checkpoint may move."""
-    return {name: value for name, value in lens.model.config.to_dict().items() if name != "_name_or_path"}
+    """The checkpoint's config without the folder it was read from and the transformers that read it."""
+    ours = ("_name_or_path", "transformers_version")
+    return {name: value for name, value in lens.model.config.to_dict().items() if name not in ours}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

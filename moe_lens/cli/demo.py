@@ -53,8 +53,8 @@ def demo(
     stamp = fingerprint(probing, labelling, trying)
     earlier = stamp_of(output)
     if earlier != stamp or not resume:
-        if earlier is not None:  # a demo of another version or of other bundled files: replace it
-            probing = probing.model_copy(update={"resume": False})
+        if earlier not in (None, stamp):
+            put_aside(output)
         probe.check_models(probing)
         text = probe.read_corpus(probing)
         probe.run(probing, text)
@@ -92,13 +92,20 @@ def show(output: Path, *, json: bool) -> None:
         raise Underpowered(f"{underpowered:.0%} of the labels on trial are underpowered: the demo needs a longer text")
 
 
+def put_aside(output: Path) -> None:
+    """Rename a demo of another version or of other bundled files: somebody may have added to it."""
+    free = next(name for n in range(1, 1000) if not (name := output.with_name(f"{output.name}-{n}")).exists())
+    output.rename(free)
+    typer.echo(f"{output} held a demo of another version: it is {free} now", err=True)
+
+
 def fingerprint(*settings: RunConfig) -> dict[str, Any]:
     """What decides the demo's numbers: version, settings, and the bundled files by content."""
     bundled = Path(__file__).parent.parent / "bundled"
     files = hashlib.sha256()
     for path in sorted(p for p in bundled.rglob("*") if p.is_file()):
         files.update(path.relative_to(bundled).as_posix().encode() + path.read_bytes())
-    ignored = {"output", "resume"}
+    ignored = {"output", "resume", "concurrency", "timeout"}
     return {
         "version": __version__,
         "bundled": files.hexdigest(),

@@ -50,8 +50,9 @@ def verdicts(found: Trial, n_shown: int) -> None:
     note = (
         "effect: mnat per token that visited tokens of the label lose without the expert. need: the same beyond one "
         "chosen beside it at equal weight, with 95 % interval, in the mode where it is smaller; it counts from "
-        f"{number(1000 * found.settings['delta'], 0)} mnat. exclusive: needed more there than at its other tokens? "
-        "routing: AUROC of the label for the visits. docs: with a visited token of the label"
+        f"{number(1000 * found.settings['delta'], 0)} mnat, and only with an effect above 0. exclusive: needed more "
+        "there than at its other tokens? routing: AUROC of the label for the visits. docs: with a visited token of the "
+        "label"
     )
     table(
         "Labels on trial",

@@ -157,7 +157,9 @@ def corpus(
     try:
         whole = _read(name, dataset_config, split, text_column, limit)
     except OSError as error:
-        raise BadCorpus(f"{name} cannot be read ({error.strerror or error}): check its permissions") from error
+        raise BadCorpus(
+            f"{name} cannot be read ({error.strerror or error}): give a readable file, or a data set id"
+        ) from error
     if whole.skipped:
         log.warning("%s: texts left out: %s", name, _reasons(whole.skipped))
     return _limited(whole, limit, seed)

@@ -119,7 +119,7 @@ class Lens:
         self.check_layers([found.layer])
         entry = self.spec.at(found.layer)
         assert entry is not None
-        if found.expert >= entry.n_experts:
+        if not 0 <= found.expert < entry.n_experts:
             raise OutOfRange(
                 f"layer {found.layer} has no expert {found.expert}: its experts are 0 to {entry.n_experts - 1}"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,19 +13,23 @@ import pandas as pd
 
 from moe_lens.causal.faithfulness import alignment, sets
 from moe_lens.causal.faithfulness.correlation import kendall, spearman
-from moe_lens.causal.faithfulness.rankings import LEAVE_ONE_OUT
+from moe_lens.causal.faithfulness.rankings import GRADIENT, LEAVE_ONE_OUT, is_file, rank, read_scores
 from moe_lens.causal.faithfulness.scores import EXACT_UNITS, limits, top_jaccard
-from moe_lens.causal.faithfulness.settings import BEAMS
+from moe_lens.causal.faithfulness.settings import BEAMS, SAMPLED
+from moe_lens.causal.screen import screen_recall
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from numpy import ndarray
 
+    from moe_lens.causal.effects import Effects
+    from moe_lens.causal.faithfulness.kept import KeptSets
     from moe_lens.causal.faithfulness.measure import Measured
     from moe_lens.causal.faithfulness.rankings import Ranking
     from moe_lens.causal.faithfulness.settings import Settings
     from moe_lens.causal.faithfulness.tables import Case
     from moe_lens.causal.faithfulness.visits import Visits
+    from moe_lens.causal.screen import ScreenRecall
     from moe_lens.types import ExpertAddress
 
 
@@ -45,6 +51,29 @@ def agreement(ranked: dict[str, Ranking], member: Bool[ndarray, "unit"]) -> pd.D
             shared = top_jaccard(sets.ranked(score)[:n_top], sets.ranked(exact)[:n_top])
             rows.append((name, float(kendall(score, exact)), float(spearman(score, exact)), shared, n_top))
     return pd.DataFrame(rows, columns=columns)
+
+
+def recall(
+    ranked: dict[str, Ranking], effects: Effects, v: Visits, member: Bool[ndarray, "unit"], kept: KeptSets | None, *,
+    seed: int,
+) -> ScreenRecall | None:  # fmt: skip
+    """Of the largest tenth of exact effects on the ranking text, how many the gradient screen's first tenth holds.
+
+    On all units where leave-one-out is ranked, else on a random tenth of them that is measured for this. None where
+    the screen is not ranked. What it does not show: see `screen_recall`.
+    """
+    if GRADIENT not in ranked:
+        return None
+    if LEAVE_ONE_OUT in ranked:
+        exact = ranked[LEAVE_ONE_OUT].score
+    else:
+        eligible = np.flatnonzero(member)
+        drawn = np.random.default_rng([seed, 43]).permutation(eligible)[: max(1, math.ceil(SAMPLED * len(eligible)))]
+        chosen = np.isin(np.arange(len(member)), drawn)
+        exact = rank([LEAVE_ONE_OUT], effects, v, member=chosen, kept=kept)[LEAVE_ONE_OUT].score
+    table = pd.DataFrame({"layer": v.layer, "expert": [unit.expert for unit in v.units]})
+    measured = table.assign(effect=exact)[np.isfinite(exact) & member]
+    return screen_recall(measured, table.assign(effect=ranked[GRADIENT].score)[member])
 
 
 def churn(measured: Measured, settings: Settings, cases: Sequence[Case]) -> pd.DataFrame:
@@ -134,6 +163,10 @@ def notes(settings: Settings, measured: Measured, v: Visits) -> tuple[str, ...]:
     if 0 < settings.random_draws < 19:
         least = 1 / (settings.random_draws + 1)
         found.append(f"with {settings.random_draws} random sets p cannot fall below {least:.2f}: draw 20")
+    for name in settings.rankings:
+        if is_file(name) and (left := int(np.isnan(read_scores(Path(name), v.units)).sum())):
+            found.append(f"{Path(name).name} leaves {left} of {len(v.units)} experts out: they come last, in the order "
+                         "of their addresses")  # fmt: skip
     if idle := int((v.load.sum(0) == 0).sum()):
         found.append(f"{idle} of {len(v.units)} experts are never visited by the ranking text: bins that hold them "
                      "remove little")  # fmt: skip

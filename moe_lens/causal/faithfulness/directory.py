@@ -38,6 +38,7 @@ def write(run: Run, result: Faithfulness, request: dict[str, Any], *, seconds: f
     for name, table in result.tables().items():
         run.write(name, table)
     entry = {name: getattr(result, name) for name in _KEPT} | {
+        "recall": asdict(result.recall) if result.recall else None,
         "state": "done", "request": request, "bins": asdict(result.bins), "noise": asdict(result.noise),
         "super_experts": result.super_experts, "finding": result.finding(), "seconds": round(seconds, 2),
         "peak_memory": peak_memory_bytes(),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_lens.causal.effects import Effects
+from moe_lens.causal.faithfulness.rankings import GRADIENT
 from moe_lens.causal.faithfulness.scores import EXACT_UNITS
-from moe_lens.causal.faithfulness.settings import BEAMS, DEFAULT_BINS, MODES, RANKING_TEXT, RANKINGS, settings_of
+from moe_lens.causal.faithfulness.settings import (
+    BEAMS,
+    DEFAULT_BINS,
+    MODES,
+    RANKING_TEXT,
+    RANKINGS,
+    SAMPLED,
+    settings_of,
+)
 from moe_lens.errors import NotAnMoE
 from moe_lens.models.edits import zero
 from moe_lens.types import ExpertAddress, Role
@@ -62,6 +72,7 @@ def predict_passes(
         raise NotAnMoE(f"{spec.name} has no routed experts to rank: give a Mixture-of-Experts model")
     n_units = n_all if n_units is None else n_units
     naopc = min(naopc, n_units)
+    samples = GRADIENT in settings.rankings and not settings.leaves_one_out
     n_modes, n_universes = len(settings.modes), 2 if super_experts else 1
     both = 2 * n_modes * len(settings.bins.shares) * settings.n_scored * n_universes
     exact = 2**naopc if naopc <= EXACT_UNITS else sum(BEAMS) * naopc * (naopc + 1)
@@ -69,6 +80,7 @@ def predict_passes(
         "clean, noise floor": 2,
         "making rankings": RANKING_TEXT * 5,  # clean, routing sums, reference, forward and backward of the screen
         "leave one out": RANKING_TEXT * n_units if settings.leaves_one_out else 0,
+        "recall of the screen": RANKING_TEXT * math.ceil(SAMPLED * n_units) if samples else 0,
         "sets of rankings": both + n_modes * n_universes,
         "random sets": both * settings.random_draws,
         "load-matched sets": both * n_matched,

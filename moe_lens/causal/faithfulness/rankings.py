@@ -162,6 +162,8 @@ def read_scores(path: Path, units: Sequence[ExpertAddress]) -> Float[ndarray, "u
     """
     try:
         table = pd.read_csv(path)
+        if missing := [name for name in ("layer", "expert", "score") if name not in table]:
+            raise ValueError(f"it has no column {missing[0]}")
         rows = table[["layer", "expert", "score"]].astype({"layer": int, "expert": int, "score": float})
     except Exception as error:  # whatever pandas makes of the file
         why = str(error).strip().partition("\n")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from moe_lens.causal.effects import NoiseFloor
 from moe_lens.causal.faithfulness.sets import Bins
 from moe_lens.causal.faithfulness.tables import AOPC, SCORES
+from moe_lens.causal.screen import ScreenRecall
 from moe_lens.errors import BadOutput
 from moe_lens.plots import rows_of
 
@@ -72,6 +73,8 @@ class Faithfulness:
     reference: str = ""
     """Digest of the text that mean, mean_off and resample take their values from."""
     notes: tuple[str, ...] = ()
+    recall: ScreenRecall | None = None
+    """Of the gradient screen, where that was ranked."""
     run: Run | None = None
     """The directory it was written to, if any."""
 
@@ -90,7 +93,7 @@ class Faithfulness:
         tables = {name: run.frame(table) for name, table in _MORE.items()}
         return cls(
             frame=run.frame("faithfulness"), **tables, **same, bins=bins, noise=NoiseFloor(**entry["noise"]),
-            notes=notes, run=run,
+            notes=notes, run=run, recall=ScreenRecall(**entry["recall"]) if entry.get("recall") else None,
         )  # fmt: skip
 
     @property
@@ -125,10 +128,22 @@ class Faithfulness:
             said.append(
                 f"{', '.join(found)} {writes} extreme outputs: rows with super_experts=excluded never ablate them."
             )
+        if (screen := self.recall) is not None:
+            said.append(
+                f"The gradient screen's first tenth holds {screen.recall:.0%} [{screen.low:.0%}, {screen.high:.0%}] "
+                f"of the largest tenth of exact effects, on {screen.n_sample} experts that were measured one by one."
+            )
         kept = self.frame[(self.frame["control"] == "none") & (self.frame["quantity"] == "bin")]
         if most := int(kept["layers_emptied"].max()):
             layers = "layers" if most > 1 else "layer"
             said.append(f"Sufficiency leaves up to {most} {layers} without a routed expert (layers_emptied).")
+        full = kept[kept["n_layers_removed"] > 0] if "n_layers_removed" in kept else kept.head(0)
+        if len(full):
+            share, layers = full["bin"].min(), int(full["n_layers_removed"].max())
+            said.append(
+                f"From the bin of {share:.0%} on, comprehensiveness takes every routed expert of up to {layers} "
+                f"layer{'s' if layers > 1 else ''} away (n_layers_removed): random sets of as many are the same sets."
+            )
         return said + [f"{note[0].upper()}{note[1:]}." for note in self.notes]
 
     def _about(self, mode: str) -> str:
@@ -136,7 +151,9 @@ class Faithfulness:
         at = at[(at["mode"] == mode) & (at["quantity"] == AOPC) & (at["super_experts"] == "included")]
         at = at[at["control"] == "random"]
         if not len(at):
-            return f"{mode}: no random control was drawn, so the scores have nothing to be compared with."
+            return (
+                f"{mode}: no random control was drawn (n_random is 0), so the scores have nothing to be compared with."
+            )
         parts = []
         for score, name in (("comprehensiveness_kl", "comprehensiveness"), ("sufficiency_kl", "sufficiency")):
             rows = at[at["score"] == score].sort_values("gap", ascending=False, kind="stable")
@@ -201,7 +218,7 @@ class Faithfulness:
                      "include_zero": self.bins.include_zero, "aggregate": self.bins.aggregate},
             "noise": {"nll": self.noise.nll, "kl": self.noise.kl, "mean_nll": self.noise.mean_nll},
             "n_documents": self.n_documents, "n_tokens": self.n_tokens, "n_passes": self.n_passes,
-            "reference": self.reference,
+            "reference": self.reference, "recall": asdict(self.recall) if self.recall else None,
             "super_experts": self.super_experts, "notes": list(self.notes),
             "aopc": _plain(self.areas), "gaps": _plain(at), "agreement": _plain(self.agreement),
             "stability": _plain(self.stability), "alignment": _plain(self.alignment),

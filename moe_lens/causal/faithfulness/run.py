@@ -161,9 +161,8 @@ def _scored(
 ) -> Faithfulness:  # fmt: skip
     seed, modes = settings.seed, settings.modes
     v = visits(on_select)
-    ranked = ranking_module.rank(
-        settings.rankings, on_select, v, member=member, kept=_kept(folder, request, ranking_module.LEAVE_ONE_OUT)
-    )
+    loo = _kept(folder, request, ranking_module.LEAVE_ONE_OUT)
+    ranked = ranking_module.rank(settings.rankings, on_select, v, member=member, kept=loo)
     rankings = list(ranked.values())
     supers = v.super_experts(ratio=settings.super_ratio)
     cases = _cases(settings, rankings, v, supers, member)
@@ -193,6 +192,7 @@ def _scored(
         units=beside.unit_frame(ranked, v, supers, member),
         bins=settings.bins,
         noise=on_test.noise_floor(),
+        recall=beside.recall(ranked, on_select, v, member, loo, seed=seed),
         n_documents=len(measured.documents),
         n_tokens=int(measured.n_tokens.sum()),
         n_passes=measured.n_passes,

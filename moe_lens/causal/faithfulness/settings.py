@@ -33,6 +33,8 @@ RANKING_TEXT = 2
 """Tokens of the ranking text, in those of the evaluation text."""
 BEAMS = (5, 10)
 """Widths of the two beams behind NAOPC limits that are not exact."""
+SAMPLED = 0.1
+"""Share of the experts on which the recall of the gradient screen is estimated."""
 RANKINGS = ("load", "gate_norm", "gradient", "random")
 MODES = ("mean_off", "mask_refill_keep")
 DEFAULT_BINS = sets.PRESETS["default"].shares
@@ -77,7 +79,8 @@ class Settings:
 
     @property
     def random_draws(self) -> int:
-        return self.n_random if ranking_module.RANDOM in self.rankings else 0
+        """Random sets are the control of every ranking, whether ``random`` is named or not."""
+        return self.n_random
 
 
 def settings_of(

@@ -110,9 +110,10 @@ class Tabulator:
     def frame(self, modes: Sequence[str], cases: Sequence[Case], constant: dict[str, Any]) -> pd.DataFrame:
         """faithfulness.parquet: one row per ranking, mode, bin or area, and control.
 
-        Columns beside keys and scores: n_units and n_layers of the set, layers_emptied when only the set stays,
-        mass_ratio of the touched tokens without the set and mass_ratio_kept with only the set (NaN where the mode
-        changes no gates), short_tokens left with fewer than top-k experts with only the set, matched_share.
+        Columns beside keys and scores: n_units and n_layers of the set, n_layers_removed (all experts gone) when it is
+        taken away, layers_emptied when only it stays, mass_ratio of the touched tokens without the set and
+        mass_ratio_kept with only the set (NaN where the mode changes no gates), short_tokens left with fewer than
+        top-k experts with only the set, matched_share.
         """
         rows = [row for mode in modes for case in cases for row in self._rows(mode, case, constant)]
         return pd.DataFrame(rows).astype(dict.fromkeys(_COUNTS, "Int64"))
@@ -147,6 +148,7 @@ class Tabulator:
         return {
             "n_units": int(chosen.sum()) if is_bin else pd.NA,
             "n_layers": len(np.unique(self.measured.layer[chosen])) if is_bin else pd.NA,
+            "n_layers_removed": len(emptied(chosen, self.measured.layer)) if is_bin else pd.NA,
             "layers_emptied": len(emptied(case.member & ~chosen, self.measured.layer)) if is_bin else pd.NA,
             "mass_ratio": away.mass_ratio if away else np.nan,
             "mass_ratio_kept": kept.mass_ratio if kept else np.nan,
@@ -243,7 +245,7 @@ class Tabulator:
             yield case.ranking, mode, case.super_experts, quantity, share, float(values[0]), low, high, str(status)
 
 
-_COUNTS = ("n_units", "n_layers", "layers_emptied", "short_tokens")
+_COUNTS = ("n_units", "n_layers", "n_layers_removed", "layers_emptied", "short_tokens")
 _GAPS = [
     "ranking", "mode", "super_experts", "quantity", "bin", "control", "score", "value", "control_value", "gap", "low",
     "high", "p",

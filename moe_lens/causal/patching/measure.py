@@ -95,15 +95,20 @@ class Measure:
                 frame.loc[rows.index, "n_random"] = len(effect) - 1
 
     def _against_co_selected(self, frame: pd.DataFrame, experts: pd.DataFrame) -> None:
-        """p of the experts on top against random ones that are visited beside them, at the same positions."""
+        """p of the experts on top against random ones that are visited beside them, at the same positions.
+
+        Choices that come twice count once: with two experts a token there is one way to choose the other at each, and
+        many draws of few choices would make p smaller than these choices can.
+        """
         first = experts.index[np.argsort(-experts["effect"].to_numpy(), kind="stable")][:TOP]
         rows: list[int] = []
         patches: list[Cells] = []
         for row in first:
             address = self._address(frame, row)
             drawn = [self.grid.beside(address, self.rng) for _ in range(self.n_random)]
-            patches += [cells for cells in drawn if cells is not None]
-            rows += [row] * sum(cells is not None for cells in drawn)
+            distinct = {_key(cells): cells for cells in drawn if cells is not None}
+            patches += distinct.values()
+            rows += [row] * len(distinct)
         effects, of = self.effects(patches, "co-selected"), np.array(rows, np.int64)
         for row in dict.fromkeys(rows):
             null = effects[of == row]
@@ -189,3 +194,8 @@ def _only(here: Cells, there: Cells) -> int:
 
 def _listed(experts: Sequence[ExpertAddress]) -> str:
     return ", ".join(map(str, experts))
+
+
+def _key(cells: Cells) -> tuple[tuple[int, bytes], ...]:
+    """What tells two patches apart."""
+    return tuple((layer, at.tobytes()) for layer, at in sorted(cells.items()))

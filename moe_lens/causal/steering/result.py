@@ -99,7 +99,10 @@ class Steering:
 
     @cached_property
     def contrast(self) -> Contrast:
-        """The steered change of the score beyond that of the controls at the same KL (see `contrast`)."""
+        """The steered change of the score beyond that of the controls that came to the KL asked for (see `contrast`).
+
+        Without one (``kl=None``) all are pushed in the same way, and their KLs differ: see `summary`.
+        """
         arms = self.summary().set_index("arm")
         compared = [arm for arm in self.arms if arm.startswith("control") and arms.loc[arm, "reached"]]
         changes = self._scores
@@ -170,7 +173,10 @@ class Steering:
         several = int((same["address"].str.count(",") + 1 > len(self.direction.experts)).sum())
         off = int((~same["matched"].astype(bool)).sum())
         notes = [f"{off} of other load"] * (off > 0) + [f"{several} of several experts"] * (several > 0)
-        who = f"{len(same)} control{'s' if len(same) > 1 else ''} at the same KL"
+        how = "at the same KL"
+        if self.settings["kl"] is None:
+            how = f"pushed in the same way, at a KL of {same['kl'].min():.2g} to {same['kl'].max():.2g}"
+        who = f"{len(same)} control{'s' if len(same) > 1 else ''} {how}"
         who += f" ({', '.join(notes)})" if notes else ""
         if not self.is_scored:
             return f"{who} change it for {same['changed'].mean():.1f}"

@@ -86,6 +86,10 @@ def read_claims(
     missing = [name for name in ("layer", "expert", "label") if name not in labels]
     if missing:
         raise BadConfig(f"{whose} have no column {missing[0]!r}: give layer, expert, label and rule")
+    for name in ("layer", "expert"):
+        number = pd.to_numeric(labels[name], errors="coerce")
+        if len(wrong := labels[name][number.isna() | (number % 1 != 0)]):
+            raise BadConfig(f"{whose} have a {name} {wrong.iloc[0]!r}: give whole numbers")
     defaults = (("facet", 0), ("rule", None), ("concept", None))
     table = labels.assign(**{name: value for name, value in defaults if name not in labels})
     if "status" in table:

@@ -37,13 +37,16 @@ def page(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> str:
         *_markdown(by_kind), "",
         "effect: nats per token that visited tokens of the label lose without the expert. need: the same beyond a "
         "co-selected one at equal gates; the mode with the smaller need is shown. routing: AUROC of the label for the "
-        f"expert's visits, from {ROUTING}.", "",
+        f"expert's visits, from {ROUTING}. Supported also asks for an effect above 0 in both modes, and routing-only "
+        "for none surely above that threshold: where effect and need disagree, a label is undecided.", "",
         *_markdown(verdicts), "",
         "Behind them, in the same mode. tokens, documents: marked and visited / marked only / visited only / neither, "
         "and documents with marked / visited / both / visited only. C: mean effect at marked tokens minus at others; "
         "C visited: the same among visited tokens; specificity: C minus that of load-matched experts; elsewhere: "
         "effect at visits that are not marked; X: need at marked minus at other visits; AUROC and PR-AUC of the effect "
-        "for the label; kappa: agreement of two judges.",
+        "for the label; kappa: agreement of two judges. "
+        f"{int(real['specificity'].notna().sum())} of {len(real)} labels have a load-matched expert on trial; "
+        "--matched layer measures all experts of the layer for it.",
         "", *_markdown(_behind(real)), "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -57,7 +60,7 @@ def tables(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> tuple[
 def _fit(frame: pd.DataFrame) -> str:
     """Whether labels fit their own experts better than each other's, over layers and modes."""
     rows = frame[frame["label_kind"] == REAL].drop_duplicates(["layer", "mode"])
-    rows = rows[rows["p_assignment"].notna()]
+    rows = rows[rows["p_assignment"].notna() & (rows["p_assignment_floor"] <= 0.05)]  # few labels show nothing
     if not len(rows):
         return ""
     return (

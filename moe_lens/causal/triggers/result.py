@@ -13,6 +13,7 @@ import pandas as pd
 from moe_lens.causal.triggers.cases import Defect
 from moe_lens.causal.triggers.statistics import CAUSAL, NOT_SHOWN, TOO_FEW
 from moe_lens.errors import BadOutput, OutOfRange
+from moe_lens.plots import rows_of
 from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
@@ -151,8 +152,29 @@ class Triggers:
             "tokens. effect: nats of log p(target) that go with the expert at the trigger; over ...: what is left "
             "beyond experts chosen beside it, experts with like gates elsewhere, and its own effect on other experts' "
             "targets. Intervals are over texts.", "",
+            *self._faulty(),
         ]  # fmt: skip
         return "\n".join(lines)
+
+    def _faulty(self) -> list[str]:
+        """Every case with a defect, for triggers.md."""
+        wrong = self._once[[len(found) > 0 for found in self._once["defects"]]]
+        if not len(wrong):
+            return []
+        rows = [
+            [
+                f"L{row.layer}.E{row.expert}",
+                row.trigger,
+                row.target,
+                ", ".join(row.defects),
+                "yes" if row.used else "no",
+            ]
+            for row in rows_of(wrong)
+        ]
+        return [
+            "Cases with a defect:", "",
+            *_markdown(pd.DataFrame(rows, columns=["expert", "trigger", "target", "defects", "used"])), "",
+        ]  # fmt: skip
 
     def lines(self) -> pd.DataFrame:
         """One line per expert, as text, for tables that are read."""

@@ -227,7 +227,8 @@ def test_the_prediction_is_an_upper_bound_of_passes():
     assert predicted.total == sum(found.values())
     exact = predict_passes(lens.spec, rankings=["load", "leave_one_out"], modes="zero", bins=[0.5])
     assert exact.by_purpose["leave one out"] == 2 * 12
-    assert exact.by_purpose["random sets"] == 0
+    assert exact.by_purpose["random sets"] == 20 * 2 * 1 * 2  # the control of every ranking, named or not
+    assert predict_passes(lens.spec, n_random=0).by_purpose["random sets"] == 0
     assert 0 < seconds_per_pass(lens, TEXT, max_tokens=100) < 10
     with pytest.raises(NotAnMoE, match="no routed experts"):
         predict_passes(Lens(tiny.build("llama"), None).spec)

@@ -270,6 +270,7 @@ def test_replaceability_is_a_ratio_of_means_over_documents():
         ({}, [NEED, NEED], [0.01, 0.05], "undecided"),
         ({}, [NEED, Interval(0.2, -0.01, 0.4)], [0.01, 0.01], "undecided"),
         ({}, [NEED, Interval(0.019, 0.01, 0.03)], [0.01, 0.01], "undecided"),
+        ({}, [Interval(0.2, -0.01, 0.4)] * 2, [0.001, 0.001], "undecided"),
         ({}, [Interval(0.0, -0.01, 0.01)] * 2, [0.9, 0.9], "routing-only"),
         ({}, [Interval(0.01, 0.001, 0.019)] * 2, [0.01, 0.01], "routing-only"),
         ({}, [Interval(0.0, -0.01, 0.01), NEED], [0.9, 0.01], "undecided"),
@@ -290,6 +291,7 @@ def test_support_needs_ten_documents_where_label_and_routing_meet():
     ("need", "effects", "wanted"),
     [
         (NEED, [Interval(0.3, 0.2, 0.4)] * 2, "supported"),
+        (Interval(0.2, -0.01, 0.4), [Interval(0.3, 0.2, 0.4)] * 2, "undecided"),
         (NEED, [Interval(-0.001, -0.01, 0.01)] * 2, "undecided"),
         (NEED, [Interval(0.3, 0.2, 0.4), Interval(0.01, -0.001, 0.02)], "undecided"),
         (NEED, [Interval(0.3, 0.2, 0.4), Interval()], "undecided"),
