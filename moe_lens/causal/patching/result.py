@@ -112,7 +112,7 @@ class Patching:
         best = rows.iloc[0]
         p = [f"p {best['p_random']:.2f} among {best['n_random'] + 1} of its layer"] if best["n_random"] else []
         if best["n_co_selected"]:
-            p.append(f"p {best['p_co_selected']:.2f} against {best['n_co_selected']} draws of co-selected ones")
+            p.append(f"p {best['p_co_selected']:.2f} against {best['n_co_selected']} choices of co-selected ones")
         controls = f" ({', '.join(p)}; uncorrected for {touched} experts)" if p else ""
         name = f"L{best['layer']}.E{best['expert']}"
         return f"Largest single expert {name} {number(best[self.score], '.2f')}{controls}."
