@@ -61,11 +61,12 @@ def demo(
         autointerp.run(labelling, text)
         validate.run(trying, validate.check_labels(trying, moe_lens.inspect(MOE)), text)
         moe_lens.open_run(output).update_manifest(demo=stamp)
+        moe_lens.report(output)
     show(output, json=json)
 
 
 def show(output: Path, *, json: bool) -> None:
-    """Print a finished demo from its run directory, and write its report.
+    """Print a finished demo from its run directory, and write its report if there is none.
 
     Raises:
         Underpowered: more than half of the labels on trial are underpowered, so the demo shows nothing about labels.
@@ -75,7 +76,9 @@ def show(output: Path, *, json: bool) -> None:
 
     run = moe_lens.open_run(output)
     probes, labels, trial = moe_lens.Probes.of(run), moe_lens.Labels.of(run), moe_lens.Trial.of(run)
-    page = moe_lens.report(run)
+    page = output / "report.html"
+    if not page.exists():
+        moe_lens.report(run)
     if json:
         found = {"run": str(output), "report": str(page), "finding": probes.finding(), "summary": probes.summary()}
         render.print_json({**found, "labels": labels.to_dict(), "trial": trial.to_dict()})
