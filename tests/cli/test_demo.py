@@ -40,8 +40,10 @@ def test_a_demo_with_more_than_half_of_its_labels_underpowered_fails(finished, c
     assert capsys.readouterr().out.splitlines()[-1] == str(folder), "what there is was shown before"
 
 
-def test_a_demo_with_half_of_them_underpowered_does_not(finished):
-    demo.show(finished(["underpowered"] * 8 + ["routing-only"] * 8), json=False)
+def test_a_demo_with_half_of_them_underpowered_does_not(finished, capsys):
+    folder = finished(["underpowered"] * 8 + ["routing-only"] * 8)
+    demo.show(folder, json=False)
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder)
 
 
 def test_a_demo_of_another_version_is_put_aside_with_all_that_is_in_it(tmp_path, monkeypatch, capsys):

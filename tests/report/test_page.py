@@ -64,7 +64,10 @@ def test_the_page_asks_for_nothing_outside_itself(full: Path) -> None:
 def test_no_text_of_a_run_becomes_an_element(full: Path) -> None:
     page = (full / "report.html").read_text(encoding="utf-8")
     found = Elements(page).found
-    assert [a for t, a in found if t == "script" and a.get("type") != "application/json"] == [{}, {}]
+    assert [a for t, a in found if t == "script" and a.get("type") != "application/json"] == [
+        {"type": "text/plain", "id": "plotly"},
+        {},
+    ]
     assert not [t for t, a in found if t in ("img", "iframe") or any(name.startswith("on") for name in a)]
     assert made.SCRIPT not in page
     assert "&lt;script&gt;window.injected = 1&lt;/script&gt;" in page  # the model's name

@@ -45,6 +45,11 @@ function inPageColours(value, colours) {
   }
   return value;
 }
+// five megabytes that only figures need: run when the first one comes near
+function plotly() {
+  if (!window.Plotly) document.head.append(make("script", document.getElementById("plotly").textContent));
+  return window.Plotly;
+}
 function draw(canvas) {
   const id = canvas.dataset.figure, { plot, choices, picks } = figureOf(id);
   const style = getComputedStyle(document.documentElement), of = (name) => sixDigits(style.getPropertyValue(name).trim());
@@ -54,7 +59,7 @@ function draw(canvas) {
   const { data, layout } = inPageColours((choices && choices[choice]) || plot, colours);
   const { width: drawnFor = 700, least = 560 } = layout.meta || {};
   const width = Math.max(Math.min(canvas.parentElement.clientWidth, drawnFor), least);
-  Plotly.react(canvas, data, { ...layout, width, autosize: false }, { displaylogo: false, displayModeBar: false });
+  plotly().react(canvas, data, { ...layout, width, autosize: false }, { displaylogo: false, displayModeBar: false });
   if (picks && !canvas.classList.contains("drawn")) {
     canvas.on("plotly_click", (event) => {
       const value = event.points[0] && [].concat(event.points[0].customdata)[0];
