@@ -44,6 +44,8 @@ notebooks: $(VENV)/.stamp-dev ## run every notebook from top to bottom
 
 screenshot: $(VENV)/.stamp-dev ## picture of the demo's report for the README (needs chromium)
 	@$(BIN)/moe-lens demo -o runs/screenshot
+	@$(BIN)/moe-lens faithfulness --model bundled:tiny-moe --rankings load,gradient --modes mean_off --max-tokens 1024 \
+	  -o runs/screenshot
 	@$(BIN)/python -m tests.report.screenshot runs/screenshot .github/screenshot.png
 
 clean: ## remove .venv, caches and built files (runs/ stays)

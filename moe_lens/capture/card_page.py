@@ -19,7 +19,7 @@ _TABLE = "border-collapse:collapse;text-align:left;margin:.2em 0 .6em"
 _CELL = "text-align:left;vertical-align:top;padding:1px 10px 1px 0;"
 _NUMBER = f"{_CELL}white-space:nowrap;font-variant-numeric:tabular-nums;{_DIM}"
 # isolate: a text that reads from right to left turns round itself, not its neighbours
-_TEXT = f"{_CELL}white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;font-family:monospace;"
+_TEXT = f"{_CELL}white-space:break-spaces;overflow-wrap:anywhere;unicode-bidi:isolate;font-family:monospace;"
 
 
 def card_html(card: ExpertCard) -> str:

@@ -78,7 +78,11 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        try:
+            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            return {**found, "model": found["model"], "commands": found["commands"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadOutput(f"{self.path / MANIFEST} is damaged: give another -o, or take the folder away") from error
 
     def update_manifest(self, **entries: Any) -> None:
         """Merge `entries` into the manifest; dict values are merged one level deep."""

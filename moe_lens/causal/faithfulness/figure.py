@@ -22,7 +22,10 @@ _PANEL, _HEIGHT, _LEFT = 330, 640, 66
 """Pixels: width of a panel, height of all, left margin."""
 _CHARACTER, _TICKS = 6.8, 34
 """Pixels that a character of a line's name takes, and the tick labels of the next panel."""
-_SIDES = (("comprehensiveness_kl", "without the first, KL"), ("sufficiency_kl", "with only the first, KL"))
+_SIDES = (
+    ("comprehensiveness_kl", "without the first, KL in nats"),
+    ("sufficiency_kl", "with only the first, KL in nats"),
+)
 
 
 def curves(result: Faithfulness) -> go.Figure:
@@ -46,7 +49,8 @@ def curves(result: Faithfulness) -> go.Figure:
     for column, mode in enumerate(modes, 1):
         for row, (score, name) in enumerate(_SIDES, 1):
             at: dict[str, Any] = {"row": row, "col": column}
-            _band(figure, _drawn(result, mode), score, at)
+            _band(figure, _drawn(result, mode, "random"), score, at)
+            _matched(figure, _drawn(result, mode, "load-matched"), score, at)
             _lines(figure, own[own["mode"] == mode], score, at)
             shares = sorted(set(own["bin"]))
             figure.update_xaxes(
@@ -84,6 +88,7 @@ def _titles(result: Faithfulness, modes: list[str]) -> tuple[str, str]:
     return head, (
         f"high is good above, low below; nats per token, {result.n_documents} documents; bars: 95 % over documents"
         "<br>grey: 95 % of random sets with as many experts in each layer, and their mean"
+        + ("; dashed outline: range of sets of like load" if (result.draws["control"] == "load-matched").any() else "")
     )
 
 
@@ -92,9 +97,9 @@ def _share_of(own: pd.DataFrame) -> str:
     return f"share of the {what}" + (" of each layer" if own["universe"].iloc[0] == "per-layer" else "")
 
 
-def _drawn(result: Faithfulness, mode: str) -> pd.DataFrame:
+def _drawn(result: Faithfulness, mode: str, control: str) -> pd.DataFrame:
     at = result.draws
-    at = at[(at["mode"] == mode) & (at["control"] == "random") & (at["super_experts"] == "included")]
+    at = at[(at["mode"] == mode) & (at["control"] == control) & (at["super_experts"] == "included")]
     return at[at["quantity"] == "bin"]
 
 
@@ -111,6 +116,19 @@ def _band(figure: go.Figure, drawn: pd.DataFrame, score: str, at: dict[str, Any]
     figure.add_scatter(
         x=x, y=mean, mode="lines", line={"color": MUTED, "width": 1.2, "dash": "dot"}, name="random",
         hovertemplate="random %{y:.3f}<extra></extra>", **at,
+    )  # fmt: skip
+
+
+def _matched(figure: go.Figure, drawn: pd.DataFrame, score: str, at: dict[str, Any]) -> None:
+    """The range of load-matched sets of all rankings, as an outline: they are too few for quantiles."""
+    if not len(drawn):
+        return
+    grouped = drawn.groupby("bin")[score]
+    low, high = grouped.min(), grouped.max()
+    x = list(range(len(low)))
+    figure.add_scatter(
+        x=[*x, *x[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor="rgba(0,0,0,0)", mode="lines",
+        line={"color": MUTED, "width": 1, "dash": "dash"}, name="load-matched", hoverinfo="skip", **at,
     )  # fmt: skip
 
 

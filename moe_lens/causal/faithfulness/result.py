@@ -114,11 +114,10 @@ class Faithfulness:
 
     def findings(self) -> list[str]:
         """`finding`, one statement each: the text, then mode by mode, then what limits them."""
-        floor = f"{self.noise.kl:.1e}" if self.noise.kl else "0"
-        said = [
-            f"{self.n_documents} documents, {self.n_tokens:,} predictions; noise floor of KL {floor} nats, of the mean "
-            f"log-probability {self.noise.mean_nll:.1e}."
-        ]
+        floor = "two clean passes agree exactly"
+        if self.noise.kl or self.noise.mean_nll:
+            floor = f"two clean passes differ by {self.noise.kl:.1e} nats of KL, {self.noise.mean_nll:.1e} of the mean"
+        said = [f"{self.n_documents} documents, {self.n_tokens:,} predictions; {floor}."]
         said += [self._about(mode) for mode in self.frame["mode"].unique()]
         if (order := self._order_changes()) is not None:
             said.append(order)

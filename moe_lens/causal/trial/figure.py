@@ -201,7 +201,7 @@ def _key(modes: list[str], panels: list[_Panel]) -> str:
     said += f", lower marks {modes[-1]}. Bars: 95 % over documents.<br>"
     if _MATCHED in panels:
         return said + "Contrast: effect at the label's tokens minus at others; open: mean of experts of like load."
-    return said + "No expert of like load was measured beside it; controls=layer would add some."
+    return said + "No expert of like load was measured beside it; --matched layer measures all of the layer."
 
 
 def _dots(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.capture.run import MANIFEST
+from moe_lens.capture.store import write_json
+from moe_lens.report.sections.provenance import without_folders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,7 @@ def write(run: Run, folder: Path) -> None:
     """``TABLE.csv`` for each table, UTF-8, and the manifest."""
     for name, table in run.tables().items():
         lists_as_json(table).to_csv(folder / f"{name}.csv", index=False, encoding="utf-8")
-    shutil.copy(run.path / MANIFEST, folder / MANIFEST)
+    write_json(folder / MANIFEST, without_folders(run.manifest))
 
 
 def lists_as_json(table: pd.DataFrame) -> pd.DataFrame:

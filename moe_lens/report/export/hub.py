@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_lens.capture.run import MANIFEST
-from moe_lens.report.page import FILE
+from moe_lens.capture.store import write_json
+from moe_lens.report.page import FILE, render
+from moe_lens.report.sections.provenance import without_folders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,9 +44,9 @@ def write(run: Run, folder: Path) -> None:
     (folder / "data").mkdir()
     for name in run.tables():
         shutil.copy(run.path / f"{name}.parquet", folder / "data" / f"{name}.parquet")
-    for name in (MANIFEST, FILE):
-        if (run.path / name).exists():
-            shutil.copy(run.path / name, folder / name)
+    write_json(folder / MANIFEST, without_folders(run.manifest))
+    if (run.path / FILE).exists():  # written anew: the tables may have changed since
+        (folder / FILE).write_text(render(run), encoding="utf-8")
     (folder / "README.md").write_text(_card(run), encoding="utf-8")
 
 

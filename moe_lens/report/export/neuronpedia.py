@@ -100,7 +100,7 @@ def _features(run: Run, layer: int, key: Mapping[str, str], rows: pd.DataFrame) 
 
 def _activations(rows: pd.DataFrame, key: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(plots.rows_of(rows)):
-        tokens = [row.text[a:b] for a, b in zip(row.token_starts, row.token_ends, strict=True)]
+        tokens = _pieces(row.text, row.token_starts, row.token_ends)
         marked = next((at for at, start in enumerate(row.token_starts) if start == row.char_start), None)
         if marked is None:  # a token of which several make one character
             continue
@@ -109,8 +109,17 @@ def _activations(rows: pd.DataFrame, key: Mapping[str, str]) -> Iterator[dict[st
         yield {
             "id": f"{key['modelId']}-{key['layer']}-{number}", **key, "index": str(row.expert), "creatorId": "",
             "tokens": tokens, "values": values, "maxValue": values[marked], "minValue": min(values),
-            "maxValueTokenIndex": marked, "binContains": float(row.quantile),
+            "maxValueTokenIndex": marked,
         }  # fmt: skip
+
+
+def _pieces(text: str, starts: Iterable[int], ends: Iterable[int]) -> list[str]:
+    """Text of each token; of several that make one character the first has it, so that they join to the text."""
+    found, done = [], 0
+    for start, end in zip(starts, ends, strict=True):
+        found.append(text[max(start, done) : end])
+        done = max(done, end)
+    return found
 
 
 def _explanations(run: Run, layer: int, key: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,7 @@ def _gap(run: Run, say: Claims, model: str) -> Markup | Missing:
 
 def _labels(run: Run, say: Claims, model: str) -> Markup | Missing:
     if not run.has("validation"):
-        before = "" if run.has("labels") else "moe-lens autointerp first, then "
+        before = "" if run.has("labels") else f"moe-lens autointerp --model {model} -o DIR && "
         return Missing("", f"{before}moe-lens validate --model {model} -o DIR")
     real = {"label_kind": "real"}
 
@@ -90,15 +90,17 @@ def _labels(run: Run, say: Claims, model: str) -> Markup | Missing:
     kinds = [kind for kind in say.table("validation")["label_kind"].unique() if kind != "real"]
     if kinds:
         false = [
-            Markup("{} {} of {}").format(
-                kind, count("supported", kind), say.count("validation", where={"label_kind": kind}, distinct=_LABEL)
+            Markup("{} {} of {}, {}").format(
+                kind, count("supported", kind), say.count("validation", where={"label_kind": kind}, distinct=_LABEL),
+                say.share("validation", where={"verdict": "supported"}, among={"label_kind": kind}, distinct=_LABEL),
             )
             for kind in kinds
-        ]
-        said += Markup(" False labels that passed the same trial: {}.").format(Markup(", ").join(false))
+        ]  # fmt: skip
+        said += Markup(" False labels that passed the same trial: {}. Where these intervals overlap the labels' own, "
+                       "support says little for the words.").format(Markup("; ").join(false))  # fmt: skip
     settings = run.manifest["commands"].get("validate", {}).get("settings", {})
     if settings.get("is_sample"):
-        said += Markup(" They are a sample of {} labels.").format(settings["n_labels"])
+        said += Markup(" The labels on trial are a sample of {}.").format(settings["n_labels"])
     return said
 
 
@@ -127,7 +129,8 @@ def _experts(run: Run, say: Claims, model: str) -> Markup | Missing:
                 mode, say.interval("faithfulness_gaps", ("gap", "low", "high"), where=where, form="+.3f"),
                 say.value("faithfulness_gaps", "p", where=where, form=".2f"),
             )  # fmt: skip
-    return said
+    notes = run.manifest["commands"].get("faithfulness", {}).get("notes", [])
+    return said + Markup("").join(Markup(" {}.").format(f"{note[0].upper()}{note[1:]}") for note in notes)
 
 
 def _undecided(run: Run, say: Claims) -> Markup:
@@ -165,6 +168,7 @@ def _open_labels(say: Claims) -> Markup:
         )
         why = why.format(*(say.of("median", "validation", name, where=underpowered, form=".0f")
                            for name in ("n_docs_z1", "n_docs_r1")))  # fmt: skip
-    return Markup("{} labels are underpowered{}, and {} undecided: their intervals allow a need and none.").format(
-        count(verdict="underpowered"), why, count(verdict="undecided")
-    )
+    return Markup(
+        "{} labels are underpowered{}, and {} undecided: their intervals allow a need and none, or taking the expert "
+        "away costs something, but no more than another expert at its weights would."
+    ).format(count(verdict="underpowered"), why, count(verdict="undecided"))

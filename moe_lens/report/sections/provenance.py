@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -21,7 +22,7 @@ def section(run: Run, say: Claims) -> Section:
     """Everything that the manifest says, flat, and the hash of every table."""
     from moe_lens.report.page import table_hashes
 
-    manifest = run.manifest
+    manifest = without_folders(run.manifest)
     rows = [(name, value) for name, value in _flat(manifest) if not name.startswith("prompts.")]
     facts = pd.DataFrame(rows, columns=["name", "value"])
     prompts = pd.DataFrame(sorted(manifest.get("prompts", {}).items()), columns=["prompt", "sha256"])
@@ -39,6 +40,17 @@ def section(run: Run, say: Claims) -> Section:
         "underlined number from them again."
     )
     return Section("provenance", "Provenance", lead, tuple(parts))
+
+
+def without_folders(value: Any) -> Any:
+    """A manifest to pass on: of a path on this machine only the last part is left."""
+    if isinstance(value, dict):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:

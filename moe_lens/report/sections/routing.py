@@ -23,6 +23,9 @@ _COLUMNS = [
     "layer", "expert", "n_tokens", "load", "load_share", "gate_mass", "mean_weight", "output_norm", "weighted_norm",
     "n_documents", "router_entropy", "router_margin", "load_entropy", "load_cv",
 ]  # fmt: skip
+_TICKS = {"tickvals": [-3, -1, 0, 1, 3], "ticktext": ["⅛", "½", "1", "2", "8"]}
+_FEW, _FEW_TICKS = 8, {"tickvals": [-3, 0, 3], "ticktext": ["⅛", "1", "8"]}
+"""Rows up to which a colour bar is too low for five ticks."""
 _VALUES = 30
 """Values of a field on one heat map, those with most documents."""
 
@@ -109,8 +112,7 @@ def _heat(rows: pd.DataFrame, name: str) -> go.Figure:
             colorscale=_AROUND_ONE, zmid=0, zmin=-3, zmax=3,
             hovertemplate=f"{name} %{{y}}, %{{x}}: %{{customdata[1]:.1%}} of its tokens, "
                           "%{customdata[0]:.2f} × their share elsewhere<extra></extra>",
-            colorbar={"title": "× share", "tickvals": [-3, -1, 0, 1, 3], "ticktext": ["⅛", "½", "1", "2", "8"],
-                      "thickness": 12},
+            colorbar={"title": "× share", "thickness": 12, **(_TICKS if len(lift) > _FEW else _FEW_TICKS)},
         )
     )  # fmt: skip
     title = f"Experts by {name}"
@@ -149,8 +151,7 @@ def _pair_heat(rows: pd.DataFrame) -> go.Figure:
         go.Heatmap(
             z=shade, x=names, y=names, customdata=grid, colorscale=_AROUND_ONE, zmid=0, zmin=-3, zmax=3,
             hovertemplate="%{y} with %{x}: %{customdata:.2f} × chance<extra></extra>",
-            colorbar={"title": "× chance", "tickvals": [-3, -1, 0, 1, 3], "ticktext": ["⅛", "½", "1", "2", "8"],
-                      "thickness": 12},
+            colorbar={"title": "× chance", "thickness": 12, **_TICKS},
         )
     )  # fmt: skip
     subtitle = (

@@ -263,7 +263,10 @@ def test_the_figure_has_a_line_for_each_ranking_a_band_and_both_scores(found):
     figure = found.plot()
     names = [trace.name for trace in figure.data if trace.mode == "lines+markers"]
     assert names == ["load", "gate_norm", "gradient"] * 4
-    assert sum(trace.fill == "toself" for trace in figure.data) == 4
+    bands = [trace.name for trace in figure.data if trace.fill == "toself"]
+    matched = (found.draws["control"] == "load-matched").any()
+    assert bands == [None, "load-matched"] * 4 if matched else [None] * 4
+    assert ("range of sets of like load" in figure.layout.title.subtitle.text) == matched
     text = " ".join(annotation.text for annotation in figure.layout.annotations)
     assert "<b>zero</b>" in text
     assert "gate_norm" in text
@@ -307,7 +310,7 @@ def test_first_tokens_predict_on_request(found):
 
 def test_the_result_says_what_limits_it(found):
     said = found.finding()
-    assert "noise floor" in said
+    assert "two clean passes" in said
     assert "4 documents are few" in said
     assert "p cannot fall below 0.20" in said
     assert "of like load and gate mass" in said
