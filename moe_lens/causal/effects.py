@@ -38,7 +38,10 @@ BATCH_TOKENS = {"cpu": 1024}
 """Tokens of a pass by device: what a processor's cache holds (measured by `tests/bench/ablating.py`)."""
 BATCH_TOKENS_ELSEWHERE = 4096
 TOGETHER = 64
-"""Edits that share a clean pass where clean passes are not kept."""
+"""Edits that are measured together where that gains something (`Effects.one_by_one`)."""
+SHARED = {"cpu": 1}
+SHARED_ELSEWHERE = 4
+"""Batches' worth of tokens that several edits may put through later layers at once, by device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,11 @@ class Effects:
     def is_kept(self) -> bool:
         """Whether all clean passes are in memory."""
         return all(kept is not None for kept in self._kept)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether nothing is gained by measuring several edits together: clean passes are kept, batches are full."""
+        return self.is_kept and SHARED.get(self.lens.device.type, SHARED_ELSEWHERE) == 1
 
     def visits(self, expert: str | ExpertAddress) -> Bool[ndarray, "prediction"]:
         """Whether each predicting token is routed to `expert` in the clean pass (r of METRICS 3)."""
@@ -220,10 +228,41 @@ class Effects:
         found = [self._unchanged(ablation, wanted) for ablation in ablations]
         with tqdm(total=len(self.parts) * len(edits), desc="ablate", unit="pass", disable=self._silent(edits)) as bar:
             for part, kept in self.clean_passes():
-                for ablation, result in zip(ablations, found, strict=True):
-                    self._measure(part, kept, ablation, result, wanted)
-                    bar.update()
+                for group in self._groups(kept.clean, ablations):
+                    reached = self._reached(kept.clean, [ablations[i] for i in group])
+                    for i, (affected, hidden) in zip(group, reached, strict=True):
+                        self._note_clean(part, kept, ablations[i], found[i], wanted)
+                        self._score(part, kept, affected, hidden, found[i], wanted)
+                    bar.update(len(group))
         return found
+
+    def _groups(self, clean: Clean, ablations: Sequence[Ablation]) -> Iterator[list[int]]:
+        """Edits that run in one pass: neighbours of one layer that fit together, padding included."""
+        limit = self.batch_tokens * SHARED.get(self.lens.device.type, SHARED_ELSEWHERE)
+        group: list[int] = []
+        room, shared = 0, None
+        for i, ablation in enumerate(ablations):
+            alone = not self.replay.can_share(clean, ablation)
+            key = None if alone else (ablation.layers, ablation.routing)
+            size = clean.ids.numel()
+            if not alone:
+                windows = ablation.touched(clean.token, clean.routing).any(dim=1)
+                size = int(windows.sum()) * clean.ids.shape[1]
+            if group and (alone or key != shared or size > room):
+                yield group
+                group = []
+            if not group:
+                room, shared = limit, key
+            group.append(i)
+            room -= size
+        if group:
+            yield group
+
+    def _reached(self, clean: Clean, group: Sequence[Ablation]) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Affected tokens of each edit of a group, and their final hidden states."""
+        if len(group) == 1:
+            return [self.replay.edited(clean, group[0])]
+        return self.replay.edited_together(clean, group)
 
     def leave_one_out(
         self,
@@ -256,7 +295,7 @@ class Effects:
             raise BadConfig(
                 f"mode {mode!r} cannot be made of one expert ({error}): give what it needs in options="
             ) from error
-        together = 1 if self.is_kept else TOGETHER
+        together = 1 if self.one_by_one else TOGETHER
         with tqdm(total=len(chosen), desc="leave one out", unit="expert", disable=self._silent(chosen)) as bar:
             for at in range(0, len(chosen), together):
                 found = self.of_each(edits[at : at + together], routing=routing, quantities=quantities)
@@ -336,14 +375,19 @@ class Effects:
             logit_difference=np.zeros((n, len(wanted.pairs)), np.float32), record=ablation.record, wanted=wanted,
         )  # fmt: skip
 
-    def _measure(self, part: Part, kept: _Kept, ablation: Ablation, into: TokenEffects, wanted: Wanted) -> None:
+    def _note_clean(self, part: Part, kept: _Kept, ablation: Ablation, into: TokenEffects, wanted: Wanted) -> None:
+        """What an edit touches, and clean numbers that are made only where they are wanted."""
         slot = part.slot[part.counted]
         into.touched[slot] = ablation.touched(part.token, kept.clean.routing)[part.counted].numpy()
         clean = kept.predictions.scores(wanted)
         for name in ("top1", "logit_difference"):
             if (values := getattr(clean, name)) is not None:
                 getattr(into, f"{name}_clean")[slot] = getattr(into, name)[slot] = values.cpu()
-        affected, hidden = self.replay.edited(kept.clean, ablation)
+
+    def _score(
+        self, part: Part, kept: _Kept, affected: torch.Tensor, hidden: torch.Tensor, into: TokenEffects, wanted: Wanted
+    ) -> None:
+        """Predictions of the affected tokens under an edit."""
         predicts = part.counted[affected]
         if not predicts.any():
             return

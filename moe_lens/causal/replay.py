@@ -3,7 +3,7 @@
 1. The clean pass keeps what every decoder layer and every token mixer returned, and the routing.
 2. The edited layer runs for the touched tokens alone: its token mixers give what they gave, everything else in a
    layer acts on one token at a time. The result goes into the layer's clean output.                  ("tokens")
-3. The later layers run for the windows that hold a touched token.
+3. The later layers run for the windows that hold a touched token; those of several edits of a layer in one pass.
 4. Where step 2 is not exact for a family (an experts' output that is convolved over tokens, say), the edited layer
    runs as a whole ("layers"); where replaying itself is not, all of the model ("full"). `Replay.reach` finds out,
    layer by layer, by comparing final hidden states on a few tokens.
@@ -15,7 +15,7 @@ the model's own forward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -146,6 +146,53 @@ class Replay:
         """
         return self._run(clean, ablation, self.reach(ablation, clean))
 
+    def can_share(self, clean: Clean, ablation: Ablation) -> bool:
+        """Whether the later layers of an edit can run in one pass with those of others (`edited_together`)."""
+        return len(ablation.layers) == 1 and self.reach(ablation, clean) == "tokens"
+
+    @torch.no_grad()
+    def edited_together(
+        self, clean: Clean, ablations: Sequence[Ablation]
+    ) -> list[tuple[Bool[Tensor, "window seq"], Float[Tensor, "affected d_model"]]]:
+        """`edited` for several edits of one layer and one routing, each on its own, that `can_share` passes.
+
+        Each computes its tokens of the edited layer; then the windows of all of them go through the later layers
+        at once.
+        """
+        layer, is_last = ablations[0].layers[0], ablations[0].layers[0] == len(self.lens.blocks) - 1
+        touched = [ablation.touched(clean.token, clean.routing) for ablation in ablations]
+        found = [(at, clean.hidden[at]) for at in touched]
+        some = [i for i, at in enumerate(touched) if at.any()]
+        if not some:
+            return found
+        windows = [touched[i].any(dim=1).nonzero().squeeze(1) for i in some]
+        blocks = [self._block(clean, ablations[i], layer, touched[i]) for i in some]
+        hidden = self._later_together(clean, ablations[0].routing, layer, windows, blocks)
+        for i, at, own in zip(some, windows, hidden.split([len(at) for at in windows]), strict=True):
+            affected = touched[i] if is_last else (touched[i].cumsum(dim=1) > 0) & (clean.token >= 0)
+            found[i] = affected, own[affected[at]]
+        return found
+
+    def _later_together(
+        self, clean: Clean, routing: str, layer: int, windows: Sequence[Tensor], blocks: Sequence[Any]
+    ) -> Float[Tensor, "chosen seq d_model"]:
+        """Final hidden states of the windows of all edits, one edit after the other; `layer` returned `blocks`."""
+        n, chosen = len(clean.ids), torch.cat(list(windows))
+
+        def select(x: Tensor) -> Tensor:
+            return x[chosen] if x.dim() and len(x) == n else x
+
+        def join(*each: Tensor) -> Tensor:
+            if not each[0].dim() or len(each[0]) != n:
+                return each[0]
+            return torch.cat([x[at] for x, at in zip(each, windows, strict=True)])
+
+        with ExitStack() as stack:
+            self._stub_blocks(clean, layer + 1, select, _zip_all(blocks, join), stack)
+            if routing == "frozen" and self._routed:
+                stack.enter_context(self._tapping(_Freeze(clean, chosen)))
+            return self.decode(clean.ids[chosen], clean.mask[chosen]).last_hidden_state
+
     def _run(self, clean: Clean, ablation: Ablation, reach: Reach) -> tuple[Tensor, Tensor]:
         layer = ablation.layers[0]
         if reach == "full":
@@ -195,7 +242,7 @@ class Replay:
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
         with ExitStack() as stack:
-            self._stub_blocks(clean, layer, pick, clean.blocks[layer - 1], stack)
+            self._stub_blocks(clean, layer, pick, _map(clean.blocks[layer - 1], pick) if layer else None, stack)
             for mixer, value in clean.mixers[layer].items():
                 replace_forward(mixer, _returns(_map(value, pick)), stack)
             block = self.lens.blocks[layer]
@@ -218,7 +265,8 @@ class Replay:
 
         first = layer if block is None else layer + 1
         with ExitStack() as stack:
-            self._stub_blocks(clean, first, select, clean.blocks[first - 1] if block is None else block, stack)
+            last = clean.blocks[first - 1] if block is None else block
+            self._stub_blocks(clean, first, select, _map(last, select) if first else None, stack)
             if ablation.routing == "frozen" and self._routed:
                 stack.enter_context(self._tapping(_Freeze(clean, windows)))
             if block is None or len(ablation.layers) > 1:
@@ -226,13 +274,12 @@ class Replay:
             return self.decode(clean.ids[windows], clean.mask[windows]).last_hidden_state
 
     def _stub_blocks(self, clean: Clean, n: int, pick: Callable[[Tensor], Tensor], last: Any, stack: ExitStack) -> None:
-        """Let the first `n` layers return what they returned; the last of them `last`.
+        """Let the first `n` layers return what `pick` leaves of what they returned; the last of them `last`.
 
         What a layer hands to a replayed one is read by nobody, so a plain tensor need not be the layer's own.
         """
         if n == 0:
             return
-        last = _map(last, pick)
         for layer, block in enumerate(self.lens.blocks[:n]):
             is_plain = isinstance(last, Tensor) and isinstance(clean.blocks[layer], Tensor)
             value = last if is_plain or layer == n - 1 else _map(clean.blocks[layer], pick)
@@ -351,6 +398,16 @@ def _zip(old: Any, new: Any, put: Callable[[Tensor, Tensor], Tensor]) -> Any:
     if isinstance(old, (tuple, list)):
         return type(old)([_zip(a, b, put) for a, b in zip(old, new, strict=True)])
     return old
+
+
+def _zip_all(values: Sequence[Any], join: Callable[..., Tensor]) -> Any:
+    """One value of the shape of each of `values`, with their tensors joined."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return join(*values)
+    if isinstance(first, (tuple, list)):
+        return type(first)([_zip_all(parts, join) for parts in zip(*values, strict=True)])
+    return first
 
 
 def _differs(got: Tensor, wanted: Tensor, clean: Tensor, real: Tensor) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_lens as ml
-from moe_lens.causal.ablation import per_visit
+from moe_lens.causal.ablation import per_visit, prepare
 from moe_lens.causal.effects import Effects
 from moe_lens.errors import BadConfig, BadCorpus, OutOfRange
 from moe_lens.models.lens import Lens
@@ -78,6 +78,48 @@ def test_every_mode_gives_what_a_full_pass_gives(lens_of, family, reach, mode, r
     found = effects(lens, reach=reach)
     wanted = plain_effect(lens, TEXT, found.text.token, edit, routing=routing)
     assert_same(found.of(edit, routing=routing), wanted)
+
+
+@pytest.mark.parametrize("routing", ["live", "frozen"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba"])
+def test_edits_of_a_layer_that_fit_together_run_in_one_pass_and_give_what_each_gives_alone(
+    lens_of, family, routing, monkeypatch
+):
+    lens = lens_of(family)
+    found = effects(lens, batch_tokens=1000)
+    entries = [entry for entry in lens.spec.layers if entry.role is Role.MOE]
+    units = [f"L{entry.layer}.E{e}" for entry in entries for e in range(entry.n_experts)]
+    alone = [found.of(ml.zero(unit), routing=routing) for unit in units]
+    passes = []
+    later = type(found.replay).decode
+    monkeypatch.setattr(
+        found.replay, "decode", lambda ids, mask: passes.append(mask is not None) or later(found.replay, ids, mask)
+    )
+    together = found.of_each([ml.zero(unit) for unit in units], routing=routing)
+    for one, wanted in zip(together, alone, strict=True):
+        assert_same(one, {"nll": wanted.nll, "kl": wanted.kl})
+        assert np.array_equal(one.touched, wanted.touched)
+    assert sum(passes) < len(units) / 2, "later layers run for several edits at once"
+
+
+def test_edits_that_do_not_fit_together_or_reach_other_layers_run_alone(lens_of):
+    lens = lens_of("olmoe")
+    found = effects(lens, batch_tokens=64)
+    clean = next(iter(found.clean_passes()))[1].clean
+    edits = [
+        ml.zero("L0.E0"),
+        ml.zero("L0.E1"),
+        [ml.zero("L0.E2"), ml.zero("L1.E2")],
+        ml.zero("L1.E3"),
+        ml.zero("L0.E4"),
+    ]
+    groups = list(found._groups(clean, [prepare(lens, edit) for edit in edits]))
+    assert [i for group in groups for i in group] == list(range(5))
+    assert [2] in groups
+    assert [3] in groups
+    assert [4] in groups
+    found.batch_tokens = 10**6
+    assert list(found._groups(clean, [prepare(lens, edit) for edit in edits])) == [[0, 1], [2], [3], [4]]
 
 
 def test_refill_of_a_never_routed_expert_moves_gates_only_where_they_are_not_renormalised():

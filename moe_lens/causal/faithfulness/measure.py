@@ -126,7 +126,7 @@ class Measured:
             self._asked.add(key)
             if key not in self._found:
                 todo[key] = removed
-        together = 1 if self.effects.is_kept else TOGETHER
+        together = 1 if self.effects.one_by_one else TOGETHER
         work = list(todo.items())
         silent = None if self.effects.progress and len(work) > 1 else True
         try:

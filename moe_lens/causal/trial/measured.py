@@ -246,7 +246,7 @@ def _run(
     """Every job with the effects of its edits."""
     left = ((job, edit) for job in jobs for edit in job.edits)
     done: list[ndarray] = []
-    while group := list(islice(left, 1 if effects.is_kept or positions == "focal" else TOGETHER)):
+    while group := list(islice(left, 1 if effects.one_by_one or positions == "focal" else TOGETHER)):
         if positions == "focal":
             deltas = [_one_by_one(effects, job.expert, edit, horizons) for job, edit in group]
         else:
