@@ -40,6 +40,8 @@ _LAZY = {
     "Triggers": "moe_lens.causal.triggers.result",
     "steer": "moe_lens.causal.steering.run",
     "Steering": "moe_lens.causal.steering.result",
+    "Effects": "moe_lens.causal.effects",
+    **dict.fromkeys(("pair_redundancy", "replaceability", "self_repair"), "moe_lens.causal.redundancy"),
     "verify": "moe_lens.report.verify",
     "export": "moe_lens.report.export",
 }
@@ -48,10 +50,12 @@ if TYPE_CHECKING:
     from moe_lens.autointerp.pipeline import autointerp
     from moe_lens.autointerp.result import Labels
     from moe_lens.capture.run import Run, capture, open_run
+    from moe_lens.causal.effects import Effects
     from moe_lens.causal.faithfulness.result import Faithfulness
     from moe_lens.causal.faithfulness.run import faithfulness
     from moe_lens.causal.patching.result import Patching
     from moe_lens.causal.patching.run import patch
+    from moe_lens.causal.redundancy import pair_redundancy, replaceability, self_repair
     from moe_lens.causal.steering.result import Steering
     from moe_lens.causal.steering.run import steer
     from moe_lens.causal.trial.job import validate
@@ -83,11 +87,11 @@ if TYPE_CHECKING:
     from moe_lens.report.verify import verify
 
 __all__ = [
-    "Concept", "Corpus", "Diagnosis", "Faithfulness", "Labels", "Lens", "Patching", "Probes", "Run", "Spec",
-    "Steering", "Trial", "Triggers", "__version__", "autointerp", "capture", "concept", "corpus", "doctor",
+    "Concept", "Corpus", "Diagnosis", "Effects", "Faithfulness", "Labels", "Lens", "Patching", "Probes", "Run",
+    "Spec", "Steering", "Trial", "Triggers", "__version__", "autointerp", "capture", "concept", "corpus", "doctor",
     "drop_renorm", "edits", "export", "faithfulness", "inspect", "load", "mask_refill", "mask_refill_keep", "mean",
-    "mean_off", "noise", "open_run", "patch", "probe", "read_published", "report", "resample", "steer", "swap",
-    "trigger_target", "validate", "verify", "zero",
+    "mean_off", "noise", "open_run", "pair_redundancy", "patch", "probe", "read_published", "replaceability",
+    "report", "resample", "self_repair", "steer", "swap", "trigger_target", "validate", "verify", "zero",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ documents, with a bootstrap over these.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
 DRAWS = 10_000
 
 
-class _Result:
+class _Result(ABC):
     """What the three results share: `frame`, `to_dict` and the sentence as a page."""
 
+    @abstractmethod
     def finding(self) -> str:
-        raise NotImplementedError
+        """The result in a sentence."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, intervals as value, low and high; None where there is none."""

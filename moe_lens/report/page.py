@@ -40,6 +40,7 @@ class ReadOnce(Run):
         return self._frames[name]
 
     def of_expert(self, name: str, at: ExpertAddress) -> pd.DataFrame:
+        """Rows of one expert, from a table that is sorted once."""
         if name not in self._by_expert:
             table = self.frame(name).sort_values(["layer", "expert"], kind="stable", ignore_index=True)
             strings = table.select_dtypes("string").columns
