@@ -7,8 +7,8 @@ documents, with a bootstrap over these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
