@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -110,8 +110,8 @@ OptionalSize = Annotated[int | None, _optional(parse_size)]
 OptionalCount = Annotated[int | None, Field(ge=1)]
 
 
-class RunConfig(BaseModel):
-    """What every command that runs a model over a text can be told.
+class ModelConfig(BaseModel):
+    """What every command that loads a model can be told.
 
     Field names are the option names, ``_`` for ``-``.
     """
@@ -119,26 +119,6 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str = Field(description="MoE model: a hub id, a folder, or bundled:tiny-moe")
-    dataset: str = Field(
-        default="bundled:",
-        description="text or conversations: bundled:, a .jsonl, .txt or .parquet file, or a hub data set",
-    )
-    dataset_config: str | None = Field(default=None, description="configuration of the hub data set")
-    split: str = Field(default="train", description="split of the hub data set")
-    text_column: str = Field(default="text", description="column that holds the text")
-    layers: OptionalInts = Field(default=None, description="decoder layers, such as 0,2,4-6 (all)")
-    experts: OptionalNames = Field(
-        default=None, description="L7.E12 for one, 0,2,4-6 for these of every chosen layer (all)"
-    )
-    limit: OptionalCount = Field(default=None, description="documents to read (all)")
-    max_tokens: OptionalCount = Field(default=None, description="stop after about this many tokens")
-    document_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="tokens to read of each document (all); many short texts tell more than few long ones"
-    )
-    max_length: int = Field(default=256, ge=4, description="tokens per window")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="windows per forward pass"
-    )
     seed: int = Field(default=0, ge=0, description="seed of the document split and of every draw")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, mps (the best there is)")
     device_map: str | None = Field(default=None, description="auto spreads a large model over devices (accelerate)")
@@ -152,11 +132,6 @@ class RunConfig(BaseModel):
         default=True,
         description="go on with a command of the same settings, replace one of others; --no-resume starts anew",
     )
-
-    @property
-    def batch_windows(self) -> int | None:
-        """`batch_size` as a number, None for ``auto``."""
-        return None if self.batch_size == "auto" else self.batch_size
 
     def with_output(self) -> Self:
         """With the default run directory, ``runs/`` and the model's name, if none was given."""
@@ -182,6 +157,36 @@ class RunConfig(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise BadConfig(_sentence(error, cls)) from error
+
+
+class RunConfig(ModelConfig):
+    """What every command that runs a model over a text can be told."""
+
+    dataset: str = Field(
+        default="bundled:",
+        description="text or conversations: bundled:, a .jsonl, .txt or .parquet file, or a hub data set",
+    )
+    dataset_config: str | None = Field(default=None, description="configuration of the hub data set")
+    split: str = Field(default="train", description="split of the hub data set")
+    text_column: str = Field(default="text", description="column that holds the text")
+    layers: OptionalInts = Field(default=None, description="decoder layers, such as 0,2,4-6 (all)")
+    experts: OptionalNames = Field(
+        default=None, description="L7.E12 for one, 0,2,4-6 for these of every chosen layer (all)"
+    )
+    limit: OptionalCount = Field(default=None, description="documents to read (all)")
+    max_tokens: OptionalCount = Field(default=None, description="stop after about this many tokens")
+    document_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="tokens to read of each document (all); many short texts tell more than few long ones"
+    )
+    max_length: int = Field(default=256, ge=4, description="tokens per window")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto", description="windows per forward pass"
+    )
+
+    @property
+    def batch_windows(self) -> int | None:
+        """`batch_size` as a number, None for ``auto``."""
+        return None if self.batch_size == "auto" else self.batch_size
 
 
 class ProbeConfig(RunConfig):
@@ -348,20 +353,8 @@ class FaithfulnessConfig(RunConfig):
         return found
 
 
-class SteerConfig(RunConfig):
-    """Everything that ``moe-lens steer`` can be told. It reads prompts, so what is said about a text falls away."""
-
-    dataset: ClassVar[str] = ""
-    dataset_config: ClassVar[None] = None
-    split: ClassVar[str] = ""
-    text_column: ClassVar[str] = ""
-    layers: ClassVar[None] = None
-    experts: ClassVar[None] = None
-    limit: ClassVar[None] = None
-    max_tokens: ClassVar[None] = None
-    document_tokens: ClassVar[None] = None
-    max_length: ClassVar[int] = 0
-    batch_size: ClassVar[int] = 1
+class SteerConfig(ModelConfig):
+    """Everything that ``moe-lens steer`` can be told."""
 
     model: str = Field(default="bundled:tiny-moe", description="MoE model: a hub id, a folder, or bundled:tiny-moe")
     prompt: Annotated[list[str] | None, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = Field(

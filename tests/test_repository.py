@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
 import moe_lens
+from moe_lens.cli.app import app, normalise
 
 ROOT = Path(moe_lens.__file__).parent.parent
 TARGETS = ("help", "install", "demo", "test", "test-all", "check", "bench", "notebooks", "clean")
@@ -77,3 +80,27 @@ def test_the_readme_names_targets_that_exist() -> None:
     named = set(re.findall(r"make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named <= {*TARGETS, "install-dev", "conformance"}
     assert {"demo", "test-all"} <= named
+
+
+def commands_of_the_readme() -> list[str]:
+    """Lines of its shell blocks that start moe-lens, without comments."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.startswith("moe-lens ")]
+
+
+@pytest.mark.parametrize("line", commands_of_the_readme())
+def test_the_readmes_commands_have_options_that_exist(line: str) -> None:
+    command = typer.main.get_command(app)
+    words = normalise(shlex.split(line))[1:]
+    with command.make_context("moe-lens", list(words)) as context:
+        name, chosen, rest = command.resolve_command(context, words)
+        chosen.make_context(name, rest, parent=context)  # a usage error is raised here, nothing is run
+
+
+def test_the_quick_start_fits_on_a_screen() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## Quick start\n\n```\n(.*?)```", text, re.DOTALL)
+    assert block
+    assert len(block[1].splitlines()) <= 20
+    assert len(commands_of_the_readme()) >= 15

@@ -22,6 +22,8 @@ HEADLINE = "same_token"
 """Negatives of the headline: the token id of a positive, not routed."""
 _SCORERS = ("detection", "rule", "embedding", "fuzz")
 """In the order in which the headline looks for one."""
+_ANSWERED = ("ok", "cached", "budget")
+"""Outcomes of requests that are no trouble, or have a sentence of their own."""
 N_SHOWN = 20
 """Labels that a notebook shows."""
 _HEADINGS = {"address": "expert", "auroc": "AUROC", "ci_low": "from", "ci_high": "to", "bigram": "token pairs"}
@@ -133,27 +135,39 @@ class Labels:
         return bool(self.scores["same_model"].any())
 
     def finding(self) -> str:
-        """What the labels are worth, in plain English, beside what would have produced the same number."""
+        """What the labels are worth in one sentence, beside what would have produced the same number."""
         n, ok = len(self.labels), len(usable(self.labels))
         noun = "facets" if (self.labels["facet"] > 0).any() else "experts"
-        said = [f"{ok} of {n} {noun} have a label ({self.labeller})."]
-        mean: Any = next(self._headline(self.summary).itertuples(), None)
+        said = f"{ok} of {n} {noun} have a label ({self.labeller})"
+        mean = self._mean()
+        if mean is None:
+            return f"{said}, but none could be scored on tokens of the same id: too few tokens, documents or answers."
+        other = self._mean(control="shuffled")
+        null = "" if other is None else f", another expert's label {other.auroc:.3f}"
+        judge = f"{mean.scorer}, the model that wrote them, which favours them," if self.same_model else mean.scorer
+        return (
+            f"{said}, and on tokens of the same id that were not routed {judge} gives them a mean AUROC of "
+            f"{mean.auroc:.3f} [{mean.ci_low:.3f}, {mean.ci_high:.3f}] (a table of token pairs {mean.bigram:.3f}, of "
+            f"tokens {mean.unigram:.3f}{null}): {int(mean.n_above_bigram)} of {int(mean.n_experts)} predict routing "
+            "better than the pair table."
+        )
+
+    def findings(self) -> list[str]:
+        """`finding`, then what kept language models from answering."""
+        said = [self.finding()]
         if left := self.outcomes.get("budget"):
             said.append(f"The budget left {left} requests unasked.")
-        if mean is None or pd.isna(mean.auroc):
-            said.append("None could be scored on tokens of the same id: too few tokens, documents or usable answers.")
-            return " ".join(said)
-        shuffled: Any = next(self._headline(self.summary, control="shuffled").itertuples(), None)
-        other = "" if shuffled is None or pd.isna(shuffled.auroc) else f", another expert's label {shuffled.auroc:.3f}"
-        said.append(
-            f"On tokens of the same id that were not routed, {mean.scorer} gives them AUROC {mean.auroc:.3f} "
-            f"[{mean.ci_low:.3f}, {mean.ci_high:.3f}], mean over {int(mean.n_experts)} (a table of token pairs "
-            f"{mean.bigram:.3f}, of tokens {mean.unigram:.3f}{other})."
-        )
-        said.append(f"{int(mean.n_above_bigram)} of {int(mean.n_experts)} predict routing better than the pair table.")
-        if self.same_model:
-            said.append("The labels were judged by the model that wrote them, which favours them.")
-        return " ".join(said)
+        if trouble := {name: n for name, n in self.outcomes.items() if n and name not in _ANSWERED}:
+            causes = ", ".join(f"{n} {cause}" for cause, n in self.failures.items())
+            asides = {"failed": f" ({causes})"} if causes else {}
+            words = ", ".join(f"{n} {name}{asides.get(name, '')}" for name, n in trouble.items())
+            said.append(f"Requests without a usable reply: {words}.")
+        return said
+
+    def _mean(self, *, control: str = "none") -> Any | None:
+        """The row of `summary` that the headline quotes, None if nothing could be scored."""
+        row: Any = next(self._headline(self.summary, control=control).itertuples(), None)
+        return None if row is None or pd.isna(row.auroc) else row
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
@@ -162,6 +176,7 @@ class Labels:
             "run": str(self.run.path) if self.run else None,
             "labeller": self.labeller,
             "finding": self.finding(),
+            "findings": self.findings(),
             "labels_by_status": self.counts,
             "requests_by_outcome": {name: n for name, n in self.outcomes.items() if n},
             "failures_by_cause": dict(self.failures),
@@ -179,14 +194,14 @@ class Labels:
         return against_bigram(self.frame)
 
     def __repr__(self) -> str:
-        return f"Labels({len(self.labels)} of {self.labeller})\n{self.finding()}"
+        return "\n".join([f"Labels({len(self.labels)} of {self.labeller})", *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.notebook import result_html, table_html
 
         columns = ["address", "label", "status", "auroc", "ci_low", "ci_high", "bigram"]
         best = self.frame.sort_values("auroc", ascending=False, na_position="last")[columns].head(N_SHOWN)
-        said = [self.finding()]
+        said = self.findings()
         if len(self.frame) > len(best):
             said.append(f"Below: the {len(best)} of {len(self.frame)} with the highest AUROC, which flatters them.")
-        return result_html(" ".join(said), table_html(best, headings=_HEADINGS))
+        return result_html(said, table_html(best, headings=_HEADINGS))

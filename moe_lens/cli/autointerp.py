@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import inputs
-from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.cli.options import Details, Json, Verbose, options_of
 from moe_lens.config import AutointerpConfig
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ def autointerp(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="predict calls and tokens, and stop")] = False,
     from_published: Published = None,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Label what each expert is sent, and score the labels on tokens that the labeller has not seen."""
-    from moe_lens.cli import published_labels, render, render_labels
+    from moe_lens.cli import published_labels, render_labels, terminal
 
     if from_published is not None:
         published_labels.show(from_published, {"config": config, "dry_run": dry_run, **flags}, json=json)
@@ -50,13 +51,14 @@ def autointerp(
         from moe_lens.cli.label_plan import make_plan
 
         plan = make_plan(settings, spec, asked, text)
-        render.print_json(plan.to_dict()) if json else render_labels.plan(plan)
+        terminal.print_json(plan.to_dict()) if json else render_labels.plan(plan, details=details)
         return
-    labels = run(settings, text)
+    with inputs.refusal_leaves_nothing(settings.output):
+        labels = run(settings, text)
     if json:
-        render.print_json(labels.to_dict())
+        terminal.print_json(labels.to_dict())
         return
-    render_labels.labels(labels)
+    render_labels.labels(labels, details=details)
     typer.echo(str(settings.output))
 
 

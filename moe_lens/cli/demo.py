@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moe_lens import __version__
-from moe_lens.cli.options import Json, Resume, Verbose
+from moe_lens.cli.options import Details, Json, Resume, Verbose
 from moe_lens.config import AutointerpConfig, ProbeConfig, RunConfig, ValidateConfig
 from moe_lens.errors import Underpowered
 
@@ -31,6 +31,7 @@ DIRECTORY = Path("runs/demo")
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="run directory")] = DIRECTORY,
     resume: Resume = True,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -62,17 +63,17 @@ def demo(
         validate.run(trying, validate.check_labels(trying, moe_lens.inspect(MOE)), text)
         moe_lens.open_run(output).update_manifest(demo=stamp)
         moe_lens.report(output)
-    show(output, json=json)
+    show(output, json=json, details=details)
 
 
-def show(output: Path, *, json: bool) -> None:
+def show(output: Path, *, json: bool, details: bool = False) -> None:
     """Print a finished demo from its run directory, and write its report if there is none.
 
     Raises:
         Underpowered: more than half of the labels on trial are underpowered, so the demo shows nothing about labels.
     """
     import moe_lens
-    from moe_lens.cli import render, render_labels, render_trial
+    from moe_lens.cli import render, render_demo, terminal
 
     run = moe_lens.open_run(output)
     probes, labels, trial = moe_lens.Probes.of(run), moe_lens.Labels.of(run), moe_lens.Trial.of(run)
@@ -81,13 +82,10 @@ def show(output: Path, *, json: bool) -> None:
         moe_lens.report(run)
     if json:
         found = {"run": str(output), "report": str(page), "finding": probes.finding(), "summary": probes.summary()}
-        render.print_json({**found, "labels": labels.to_dict(), "trial": trial.to_dict()})
+        terminal.print_json({**found, "labels": labels.to_dict(), "trial": trial.to_dict()})
     else:
-        render.model_pair([moe_lens.inspect(MOE), moe_lens.inspect(DENSE)])
-        render.top_experts(run.frame("routing_fields"))
-        render.probes(probes)
-        render_labels.labels(labels)
-        render_trial.trial(trial)
+        pair = render.model_pair(moe_lens.inspect(MOE), moe_lens.inspect(DENSE))
+        render_demo.demo(pair, run.frame("routing_fields"), probes, labels, trial, details=details)
         typer.echo(f"{page} shows it in a browser")
         typer.echo(str(output))
     underpowered = (trial.verdicts["verdict"] == "underpowered").mean()

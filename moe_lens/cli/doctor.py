@@ -39,7 +39,7 @@ def doctor(
     About ten forward passes over 64 tokens; the model and its files are left as they were.
     """
     import moe_lens
-    from moe_lens.cli import render
+    from moe_lens.cli import render, terminal
     from moe_lens.models.doctor import to_ablate
     from moe_lens.models.load import require_moe
 
@@ -62,7 +62,7 @@ def doctor(
         **where,
     )
     found = moe_lens.doctor(lens, experts=names)
-    render.print_json(found.to_dict()) if json else render.diagnosis(found)
+    terminal.print_json(found.to_dict()) if json else render.diagnosis(found)
     for check in found.failed:
         typer.echo(f"moe-lens: check {check.check!r} failed: {check.advice}", err=True)
     if not found.ok:

@@ -15,20 +15,20 @@ def export(
     directory: Directory = Path("runs"),
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="csv, hub-dataset or neuronpedia")] = "csv",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="where to write it (export-FORMAT in the run)")
+        Path | None, typer.Option("-o", "--out", metavar="FOLDER", help="where to write it (export-FORMAT in the run)")
     ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Write a run as CSV files, as a Hugging Face data set with its card, or as Neuronpedia's bulk import."""
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
     from moe_lens.cli.show import newest
     from moe_lens.report.export import export as write
 
     folder = write(newest(directory), to=to, out=out)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if json:
-        render.print_json({"folder": str(folder), "format": to, "files": files})
+        terminal.print_json({"folder": str(folder), "format": to, "files": files})
         return
     typer.echo(f"{len(files)} files")
     typer.echo(str(folder))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import inputs
-from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.cli.options import Details, Json, Verbose, options_of
 from moe_lens.config import FaithfulnessConfig
 
 if TYPE_CHECKING:
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 def faithfulness(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="predict passes and minutes, and stop")] = False,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Ablate the experts that rankings put first, and all others, and compare with random and load-matched sets."""
-    from moe_lens.cli import render, render_faithfulness
+    from moe_lens.cli import render_faithfulness, terminal
 
     settings = FaithfulnessConfig.build(
         config, **{name: None if value == [] else value for name, value in flags.items()}
@@ -40,13 +41,14 @@ def faithfulness(
         from moe_lens.cli.faithfulness_plan import make_plan
 
         plan = make_plan(settings, spec, text, choices(settings))
-        render.print_json(plan.to_dict()) if json else render_faithfulness.plan(plan)
+        terminal.print_json(plan.to_dict()) if json else render_faithfulness.plan(plan)
         return
-    found = run(settings, text)
+    with inputs.refusal_leaves_nothing(settings.output):
+        found = run(settings, text)
     if json:
-        render.print_json(found.to_dict())
+        terminal.print_json(found.to_dict())
         return
-    render_faithfulness.faithfulness(found)
+    render_faithfulness.faithfulness(found, details=details)
     typer.echo(str(settings.output))
 
 

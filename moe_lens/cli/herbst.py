@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from moe_lens.cli import render
+from moe_lens.cli import render, terminal
 from moe_lens.errors import BadConfig, BadOutput
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def show(settings: ProbeConfig, text: Corpus, *, json: bool) -> None:
     found = run(settings, text)
     k = found.ks[0]
     if json:
-        render.print_json({"run": str(settings.output), "finding": found.finding(k=k), "summary": found.summary(k=k)})
+        terminal.print_json({"run": str(settings.output), "finding": found.finding(k=k), "summary": found.summary(k=k)})
         return
     render.published(found.published, k=k)
-    typer.echo(found.finding(k=k))
+    terminal.say(found.finding(k=k))
     typer.echo(str(settings.output))
 
 

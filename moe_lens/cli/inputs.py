@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lens.config import parse_ints
-from moe_lens.errors import BadOutput, OutOfRange
+from moe_lens.errors import BadOutput, MoELensError, OutOfRange, WriteFailed
 from moe_lens.types import ExpertAddress
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+MANIFEST = "manifest.json"
 
-    from moe_lens.config import RunConfig
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from moe_lens.config import ModelConfig, RunConfig
     from moe_lens.corpus.text import Corpus
     from moe_lens.models.lens import Lens
     from moe_lens.models.spec import Spec
 
 
-def read_spec(settings: RunConfig, name: str, *, revision: str | None) -> Spec:
+def read_spec(settings: ModelConfig, name: str, *, revision: str | None) -> Spec:
     """Spec of one model from its config alone."""
     import moe_lens
 
@@ -30,17 +33,27 @@ def read_spec(settings: RunConfig, name: str, *, revision: str | None) -> Spec:
     )
 
 
-def check_model(settings: RunConfig) -> Spec:
-    """Spec of the model, after a look at output folder, layers and experts.
+def check_moe(settings: ModelConfig) -> Spec:
+    """Spec of the model, after a look at the output folder.
 
     Raises:
-        ModelNotFound, UnsupportedModel, NotAnMoE, OutOfRange, BadOutput: see the message.
+        ModelNotFound, UnsupportedModel, NotAnMoE, BadOutput: see the message.
     """
     from moe_lens.models.load import require_moe
 
     check_output(settings.output)
     spec = read_spec(settings, settings.model, revision=settings.revision)
     require_moe(spec)
+    return spec
+
+
+def check_model(settings: RunConfig) -> Spec:
+    """Spec of the model, after a look at output folder, layers and experts.
+
+    Raises:
+        ModelNotFound, UnsupportedModel, NotAnMoE, OutOfRange, BadOutput: see the message.
+    """
+    spec = check_moe(settings)
     check_layers(spec, settings.layers)
     expert_addresses(spec, settings.layers, settings.experts)
     return spec
@@ -56,8 +69,36 @@ def check_output(output: Path | None) -> None:
         return
     if output.exists() and not output.is_dir():
         raise BadOutput(f"{output} is a file: give -o a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / "manifest.json").exists():
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).exists():
         raise BadOutput(f"{output} is not empty and is no moe-lens run: give -o a new or an empty folder")
+
+
+@contextmanager
+def refusal_leaves_nothing(output: Path | None) -> Iterator[None]:
+    """Take a run directory away again that was made only to hold the manifest of a command that was then refused.
+
+    Some input shows only once the model runs, such as a ``--max-memory`` that no layer fits. Finished parts stay.
+    """
+    is_new = output is not None and not (output.is_dir() and any(output.iterdir()))
+    had_folder = output is not None and output.is_dir()
+    try:
+        yield
+    except WriteFailed:  # the disk, not the input: what there is stays
+        raise
+    except MoELensError:
+        if output is not None and is_new and output.is_dir():
+            files = [path for path in output.rglob("*") if not path.is_dir()]
+            if [path.name for path in files] == [MANIFEST]:
+                _empty(output)
+                if not had_folder:
+                    output.rmdir()
+        raise
+
+
+def _empty(folder: Path) -> None:
+    """Delete everything in `folder`."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 def check_layers(spec: Spec, layers: Sequence[int] | None) -> None:
@@ -132,7 +173,7 @@ def read_text(settings: RunConfig) -> Corpus:
     )
 
 
-def load_lens(settings: RunConfig, name: str, *, revision: str | None) -> Lens:
+def load_lens(settings: ModelConfig, name: str, *, revision: str | None) -> Lens:
     """Load one of the two models with the placement settings."""
     import moe_lens
 

@@ -22,7 +22,7 @@ def inspect(
     Active parameters are those that one token uses: everything but the routed experts it does not visit.
     """
     import moe_lens
-    from moe_lens.cli import render
+    from moe_lens.cli import render, terminal
 
     spec = moe_lens.inspect(
         model,
@@ -31,6 +31,6 @@ def inspect(
         trust_remote_code=trust_remote_code,
     )
     if json:
-        render.print_json(spec.to_dict())
+        terminal.print_json(spec.to_dict())
     else:
         render.spec(spec)

@@ -21,11 +21,11 @@ def ls(
     verbose: Verbose = False,
 ) -> None:
     """Tables of a run with rows and sizes, its model, state and time; or the runs in a folder."""
-    from moe_lens.cli import render
+    from moe_lens.cli import render, terminal
 
     runs = [describe(path) for path in find_runs(directory)]
     if json:
-        render.print_json({"directory": str(directory), "runs": runs})
+        terminal.print_json({"directory": str(directory), "runs": runs})
     elif (directory / MANIFEST).exists():
         render.run_tables(runs[0])
         typer.echo(str(directory))

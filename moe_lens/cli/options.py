@@ -12,6 +12,8 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from moe_lens.config import ModelConfig
+
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -33,6 +35,7 @@ def set_verbosity(verbose: bool) -> bool:
 
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Details = Annotated[bool, typer.Option("--details", help="print every table and sentence, not only the first")]
 Verbose = Annotated[
     bool,
     typer.Option("-v", "--verbose", callback=set_verbosity, is_eager=True, help="show other libraries' messages"),
@@ -62,7 +65,9 @@ def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callab
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [_parameter(name, field) for name, field in model.model_fields.items()]
+        shared = ModelConfig.model_fields.keys() - {"model"}  # said of every command, so they are listed last
+        fields = sorted(model.model_fields.items(), key=lambda item: item[0] in shared)
+        made = [_parameter(name, field) for name, field in fields]
         parameters = made + [p.replace(kind=p.KEYWORD_ONLY) for p in own]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import inputs
-from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.cli.options import Details, Json, Verbose, options_of
 from moe_lens.config import ProbeConfig
 
 if TYPE_CHECKING:
@@ -34,15 +34,17 @@ def probe(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what a run would need, and stop")] = False,
     from_published: Published = None,
     more: MoreFiles = None,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Probe the neurons of every expert for concepts, and compare with a baseline model."""
-    from moe_lens.cli import herbst, published, render
+    from moe_lens.cli import herbst, published, render, terminal
 
     if from_published or more:
-        published.show(from_published, more, {"config": config, "dry_run": dry_run, **flags}, json=json)
+        flags = {"config": config, "dry_run": dry_run, **flags}
+        published.show(from_published, more, flags, json=json, details=details)
         return
     settings = ProbeConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
     if not dry_run:
@@ -56,16 +58,19 @@ def probe(
         from moe_lens.cli.plan import make_plan
 
         plan = make_plan(settings, specs, text)
-        render.print_json(plan.to_dict()) if json else render.plan(plan)
+        terminal.print_json(plan.to_dict()) if json else render.plan(plan, details=details)
         return
     if settings.protocol == herbst.NAME:
-        herbst.show(settings, text, json=json)
+        with inputs.refusal_leaves_nothing(settings.output):
+            herbst.show(settings, text, json=json)
         return
-    probes = run(settings, text)
+    with inputs.refusal_leaves_nothing(settings.output):
+        probes = run(settings, text)
     if json:
-        render.print_json({"run": str(settings.output), "summary": probes.summary()})
+        found = {"finding": probes.finding(), "findings": probes.findings(), "summary": probes.summary()}
+        terminal.print_json({"run": str(settings.output), **found})
         return
-    render.probes(probes)
+    render.probes(probes, details=details)
     typer.echo(str(settings.output))
 
 

@@ -21,7 +21,9 @@ USABLE = ("k", "seed", "output", "resume")
 SOURCE = "arXiv 2604.02178"
 
 
-def show(files: Sequence[Path] | None, more: Sequence[Path] | None, flags: Mapping[str, Any], *, json: bool) -> None:
+def show(
+    files: Sequence[Path] | None, more: Sequence[Path] | None, flags: Mapping[str, Any], *, json: bool, details: bool
+) -> None:
     """Print the tables' controls and what is left; write ``published.parquet`` where ``-o`` says.
 
     Args:
@@ -33,7 +35,7 @@ def show(files: Sequence[Path] | None, more: Sequence[Path] | None, flags: Mappi
         BadPublishedTable: a file that is none.
         BadOutput: ``-o`` names something else than a new folder or an earlier run of the same files.
     """
-    from moe_lens.cli import render
+    from moe_lens.cli import render, terminal
     from moe_lens.cli.inputs import check_output
     from moe_lens.probing.published import read_published
 
@@ -51,10 +53,10 @@ def show(files: Sequence[Path] | None, more: Sequence[Path] | None, flags: Mappi
         write(tables, output, k=k)
     if json:
         where = {"run": str(output)} if output else {}
-        render.print_json({**where, "finding": tables.finding(k=k), "summary": tables.summary(k=k)})
+        terminal.print_json({**where, "finding": tables.finding(k=k), "summary": tables.summary(k=k)})
         return
     render.published(tables, k=k)
-    typer.echo(tables.finding(k=k))
+    terminal.say(*tables.findings(k=k)) if details else terminal.say(tables.finding(k=k))
     if output:
         typer.echo(str(output))
 

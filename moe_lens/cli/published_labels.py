@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from moe_lens.errors import BadConfig
 
 
@@ -18,7 +16,7 @@ def show(file: Path, flags: Mapping[str, Any], *, json: bool) -> None:
         BadConfig: an option that does not go with released labels, or no file of the released format.
     """
     from moe_lens.autointerp.published import published_controls, published_finding, published_scores
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
 
     for name in (name for name, value in flags.items() if value not in (None, [], False)):
         raise BadConfig(f"--from-published reads finished labels: leave out --{name.replace('_', '-')}")
@@ -26,26 +24,26 @@ def show(file: Path, flags: Mapping[str, Any], *, json: bool) -> None:
     finding = published_finding(scores)
     if json:
         found = {"finding": finding, "layers": controls.to_dict("records"), "labels": scores.to_dict("records")}
-        render.print_json(found)
+        terminal.print_json(found)
         return
     rows = [
         [
             row["model"],
             str(row["layer"]),
             str(row["n_experts"]),
-            render.number(row["f1"]),
-            render.interval(row["ci_low"], row["ci_high"]),
-            render.number(row["f1_always_yes"]),
+            terminal.number(row["f1"]),
+            terminal.interval(row["ci_low"], row["ci_high"]),
+            terminal.number(row["f1_always_yes"]),
             str(row["n_no_better"]),
             str(row["n_ci_above"]),
         ]
         for row in controls.to_dict("records")
     ]
-    render.table(
+    terminal.table(
         "Released F1 of labels, mean over experts",
         ["model", ">layer", ">experts", ">F1", ">95 % interval", ">always yes", ">no better", ">above"],
         rows,
         note="no better: labels that score no more than a judge who always says yes; above: labels whose own 95 % "
         "interval, from 20 answers, lies above it",
     )
-    typer.echo(finding)
+    terminal.say(finding)

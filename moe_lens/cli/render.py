@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from moe_lens.cli.terminal import aside, count, interval, measured, more_tables, number, say, size, span, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,76 +18,18 @@ if TYPE_CHECKING:
     from moe_lens.probing.published import Published
     from moe_lens.probing.result import Probes
 
-WIDTH = 100
-"""Columns when stdout is no terminal."""
 ARMS_NOTE = (
-    "raw: the cell that scores best on test; homogeneous: expected best if all cells had the pooled rates; held_out: "
-    "chosen on other documents; equal_*: as many cells, neurons and tokens in both models, the dense cells on random "
-    "documents or on what the router sends to their partner; routing_only, whole_population (a neuron on top of the "
-    "routing): over all tokens; null: labels exchanged"
+    "F1 is balanced; raw: best cell on test; held_out: chosen on other documents; equal_*: as many cells, neurons and "
+    "tokens in both; null: labels exchanged"
 )
-
-
-def print_json(value: Mapping[str, Any]) -> None:
-    """One JSON object on stdout; what is not a number becomes null."""
-    typer.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | bool | None) else str(value)
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, note: str = "") -> None:
-    """A borderless table; a column whose name starts with ``>`` is aligned right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    if title:
-        console.print(Text("\n" + title, style="bold"))
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        grid.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    console.print(grid)
-    if note:
-        console.print(Text(note, style="dim"))
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A number without a leading zero, ``-`` where there is none."""
-    if value is None or not math.isfinite(float(value)):
-        return "-"
-    return f"{float(value):.{digits}f}".replace("0.", ".", 1) if abs(float(value)) < 1 else f"{float(value):.{digits}f}"
-
-
-def count(value: float) -> str:
-    """``1.28B``, ``64.2M``, ``512``."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def size(n_bytes: float) -> str:
-    """``1.5 MB``, powers of 1000."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n_bytes >= 0.9995 * limit:
-            return f"{n_bytes / limit:.3g} {unit}"
-    return f"{n_bytes:.0f} B"
+ALL_ARMS_NOTE = (
+    "F1 at prevalence one half; raw: the cell that scores best on test; homogeneous: expected best if all cells had "
+    "the pooled rates; held_out: chosen on other documents; equal_*: as many cells, neurons and tokens in both models, "
+    "the dense cells on random documents or on what the router sends to their partner; routing_only, whole_population "
+    "(a neuron on top of the routing): over all tokens; null: labels exchanged"
+)
+MIN_VISITS, MIN_SHARE = 50, 0.2
+"""Below either, a high lift of an expert for a domain is a few documents."""
 
 
 def spec(found: Spec) -> None:
@@ -147,11 +89,6 @@ def diagnosis(found: Diagnosis) -> None:
     typer.echo(found.verdict)
 
 
-def measured(value: float | None) -> str:
-    """A count or a small error: ``0``, ``3``, ``4.2e-07``."""
-    return "-" if value is None else f"{value:.2g}"
-
-
 def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:
     """Layers of one shape in a row share a line."""
     grouped: list[tuple[list[int], tuple[Any, ...]]] = []
@@ -165,15 +102,14 @@ def _runs_of_layers(found: Spec) -> list[tuple[str, tuple[Any, ...]]]:
     return [(span(at), kind) for at, kind in grouped]
 
 
-def model_pair(specs: Sequence[Spec]) -> None:
-    """The two models side by side."""
-    rows = []
-    for entry in specs:
-        first = entry.layers[-1]
-        experts = f"{first.n_experts}, top-{first.top_k}" if entry.is_moe else "dense"
-        parameters = f"{count(entry.total_parameters)} ({count(entry.active_parameters)} active)"
-        rows.append([entry.name, parameters, str(len(entry.layers)), experts, str(first.d_ff)])
-    table("Models", ["model", ">parameters", ">layers", ">experts", ">neurons each"], rows)
+def model_pair(moe: Spec, dense: Spec) -> str:
+    """The two models in a line."""
+    layer = next(entry for entry in moe.layers if entry.layer in moe.moe_layers)
+    return (
+        f"{moe.name} ({count(moe.total_parameters)} parameters, {count(moe.active_parameters)} active, {layer.top_k} "
+        f"of {layer.n_experts} experts in {len(moe.moe_layers)} layers) beside {dense.name} "
+        f"({count(dense.total_parameters)})"
+    )
 
 
 def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int = 3, n_values: int = 12) -> None:
@@ -181,7 +117,9 @@ def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int
 
     Only experts that take a fifth of a domain's tokens: a high lift on few tokens is a few documents.
     """
-    mine = by_field[(by_field["field"] == field) & (by_field["visits"] >= 50) & (by_field["share"] >= 0.2)]
+    mine = by_field[
+        (by_field["field"] == field) & (by_field["visits"] >= MIN_VISITS) & (by_field["share"] >= MIN_SHARE)
+    ]
     groups = {
         str(value): group for value, group in mine.sort_values("lift", ascending=False).groupby("value", sort=False)
     }
@@ -190,6 +128,8 @@ def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int
         best = group.head(n_experts)
         shown = [f"L{r.layer}.E{r.expert} {r.share:.0%} ({r.lift:.1f}x)" for r in best.itertuples()]
         rows.append([value, count(float(group["n_tokens"].iloc[0])), *shown, *[""] * (n_experts - len(shown))])
+    if not rows:
+        return
     names = ["first expert", "second", "third", *[""] * n_experts][:n_experts]
     left_out = len(set(by_field.loc[by_field["field"] == field, "value"])) - len(rows)
     table(
@@ -200,21 +140,26 @@ def top_experts(by_field: pd.DataFrame, *, field: str = "domain", n_experts: int
     )
 
 
-def probes(found: Probes) -> None:
-    """Best neurons, all arms, where the gap goes, and what was found."""
-    best_neurons(found)
-    arms(found)
-    if len(found.steps):
-        waterfall(found)
-    typer.echo("")
-    typer.echo(found.finding())
-    if found.neurons is not None:
-        typer.echo(found.neurons.finding())
+def probes(found: Probes, *, details: bool = False) -> None:
+    """All arms, or without a baseline the best neurons, and what was found; with details every table."""
+    others: list[Callable[[], None]] = [lambda: best_neurons(found, n_concepts=24)]
+    if found.has_baseline:
+        arms(found, note=ALL_ARMS_NOTE if details else ARMS_NOTE)
+        others += [lambda: waterfall(found)] if len(found.steps) else []
+    else:
+        best_neurons(found)
+        others = [lambda: arms(found, note=ALL_ARMS_NOTE)]
+    if details:
+        for show in others:
+            show()
+    say(*found.findings(), *([found.neurons.finding()] if found.neurons else [])) if details else say(found.finding())
+    figures = ""
     if found.run is not None:
         page, table = found.run.path / "probe.html", found.run.path / "comparison.parquet"
         if not page.exists() or page.stat().st_mtime_ns < table.stat().st_mtime_ns:
             found.write_figures(page)
-        typer.echo(f"figures: {page.name}")
+        figures = f"figures: {page.name}"
+    aside(figures, "" if details else more_tables(len(others)))
 
 
 def waterfall(found: Probes) -> None:
@@ -233,10 +178,10 @@ def waterfall(found: Probes) -> None:
         cells = [[signed(sign * r.value), interval(*sorted((sign * r.ci_low, sign * r.ci_high)))] for r in (f1, auroc)]
         rows.append([name, *cells[0], *cells[1]])
     title = f"Where the k={columns[0]['k'].iloc[0]} gap goes, MoE minus baseline"
-    table(title, ["step", ">balanced F1", ">95 % interval", ">AUROC", ">95 % interval"], rows)
+    table(title, ["step", ">balanced F1", "~>95 % interval", ">AUROC", "~>95 % interval"], rows)
 
 
-def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
+def best_neurons(probes: Probes, *, n_concepts: int = 20) -> None:
     """The best neuron of either model for the concepts that are read off best, chosen on validate, scored on test."""
     k = int(probes.cells["k"].min())
     best = probes.best(arm="held_out", k=k).set_index(["concept", "role"])
@@ -255,25 +200,25 @@ def best_neurons(probes: Probes, *, n_concepts: int = 24) -> None:
             neuron = f"{cell.address}.N{cell.neurons[0]}" if k == 1 else cell.address
             row += [neuron, number(cell.f1, 2), number(cell.f1_always_positive, 2), number(cell.auroc, 2)]
         rows.append(row)
-    columns = [name for role in roles for name in (f"{role} neuron", ">F1", ">always", ">AUROC")]
+    columns = [name for role in roles for name in (f"{role} neuron", ">F1", "~>always", ">AUROC")]
     left_out = len(concepts) - len(rows)
     more = f"; {left_out} more concepts in probe.parquet" if left_out else ""
     table(
         "Best neuron per concept, chosen on validation documents, scored on test documents",
         ["concept", *columns],
         rows,
-        note=f"always: F1 of a probe that says yes to every token of its cell; an F1 near it says nothing{more}",
+        note=f"always: F1 of always saying yes in that cell{more}",
     )
 
 
-def arms(probes: Probes) -> None:
+def arms(probes: Probes, *, note: str = ARMS_NOTE) -> None:
     """Mean over concepts under every arm that was run, in the metrics that do not move with the class balance."""
     from moe_lens.probing.arms import LADDER
 
     k = int(probes.comparison["k"].min())
     found = {metric: probes.arms(metric=metric, k=k).set_index("arm") for metric in ("auroc", "f1_balanced")}
     both = probes.has_baseline
-    names = [">MoE", ">base", ">gap", ">interval"] if both else [">MoE", ">interval"]
+    names = [">base", ">gap", ">95 %"] if both else [">95 %"]
     rows = []
     for arm in LADDER:
         if not any(arm in frame.index for frame in found.values()):
@@ -281,7 +226,7 @@ def arms(probes: Probes) -> None:
         cells: list[str] = []
         for frame in found.values():
             if arm not in frame.index:
-                cells += ["-"] * len(names)
+                cells += ["-"] * (1 + len(names))
                 continue
             row: Any = frame.loc[arm]
             bounds = (row.ci_low, row.ci_high) if both else (row.moe_low, row.moe_high)
@@ -290,12 +235,8 @@ def arms(probes: Probes) -> None:
         rows.append([arm, *cells])
     mean: Any = next(iter(found["auroc"].itertuples()))
     title = f"Best k={k} probe, mean over {int(mean.n_concepts)} concept groups"
-    table(f"{title}: AUROC left, balanced F1 right", ["arm", *names, *names], rows, note=ARMS_NOTE)
-
-
-def interval(low: Any, high: Any, *, digits: int = 3) -> str:
-    """``[.01, .05]``, ``-`` without one."""
-    return "-" if number(low) == "-" else f"[{number(low, digits)}, {number(high, digits)}]"
+    who = ", MoE beside baseline" if both else ""
+    table(title + who, ["arm", ">AUROC", *names, ">F1", *names], rows, note=note)
 
 
 def run_tables(run: Mapping[str, Any]) -> None:
@@ -309,7 +250,7 @@ def runs(found: Sequence[Mapping[str, Any]]) -> None:
     """A folder of runs, one line each."""
     table(
         "",
-        ["run", "model", "baseline", "corpus", ">tables", ">size", "status", "when"],
+        ["run", "model", "~baseline", "~corpus", "~>tables", ">size", "status", "~when"],
         [
             [
                 r["path"],
@@ -332,23 +273,25 @@ def _headline(run: Mapping[str, Any]) -> str:
     return f"{run['model']}{against} on {run['corpus']}, seed {run['seed']}, {run['status']}, {when}"
 
 
-def plan(found: Plan) -> None:
-    """What a run would need, before it is started."""
-    typer.echo(f"{found.n_documents:,} documents, {found.n_concepts} concepts, about {size(found.disk_bytes)} on disk")
+def plan(found: Plan, *, details: bool = False) -> None:
+    """What a run would need, before it is started; with details every concept that falls short."""
+    rows = [
+        [model.name, span(s.layers), f"{s.top_k} of {s.n_experts}", *[f"{n:,}" for n in s.tokens_per_expert.values()]]
+        for model in found.models
+        for s in model.shares
+    ]
+    columns = ["model", ">layers", ">experts", *_splits(found.models[0])]
+    table("Tokens that each expert sees if the router is even", columns, rows)
+    lines = []
     for model in found.models:
         tokens = ", ".join(f"{n:,} {split}" for split, n in model.tokens.items())
-        typer.echo(f"\n{model.name}: tokens {tokens}")
-        typer.echo(
-            f"memory: {size(model.weight_bytes)} weights, and {size(model.least_bytes)} (a layer at a time) to "
-            f"{size(model.most_bytes)} (all layers in one pass)"
+        lines.append(
+            f"{model.name}: tokens {tokens}; memory {size(model.weight_bytes)} for weights, and "
+            f"{size(model.least_bytes)} (a layer at a time) to {size(model.most_bytes)} (all layers in one pass)"
         )
-        rows = [
-            [span(s.layers), f"{s.top_k} of {s.n_experts}", *[f"{n:,}" for n in s.tokens_per_expert.values()]]
-            for s in model.shares
-        ]
-        table("Tokens that each expert sees if the router is even", [">layers", ">experts", *_splits(model)], rows)
+    say(*lines)
     shortages = found.models[0].shortages
-    if shortages:
+    if shortages and details:
         table(
             f"Concepts that fall short of the minimum in experts of {found.models[0].name}",
             ["concept", "split", ">tokens", ">per expert", ">needed", ">documents", ">needed", "in"],
@@ -361,6 +304,11 @@ def plan(found: Plan) -> None:
             ],
             note="tokens: of the rarer class, positive or negative; documents: with a positive token",
         )
+    needs = f"{found.n_documents:,} documents, {found.n_concepts} concepts, about {size(found.disk_bytes)} on disk"
+    where = f"the average expert of {found.models[0].name}"
+    few = f"; {len(shortages)} concepts fall short in {where}" if shortages else ""
+    say(f"{needs}{few}.")
+    aside(more_tables(1) if shortages and not details else "")
 
 
 def _splits(model: ModelPlan) -> list[str]:
@@ -369,11 +317,6 @@ def _splits(model: ModelPlan) -> list[str]:
 
 def _where(shortage: Shortage) -> str:
     return "every expert" if shortage.impossible else "the average expert"
-
-
-def span(layers: Sequence[int]) -> str:
-    gapless = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if gapless else ",".join(map(str, layers))
 
 
 def published(tables: Published, *, k: int) -> None:
@@ -388,9 +331,8 @@ def published(tables: Published, *, k: int) -> None:
     concepts = f"{low}" if low == high else f"{low} to {high}"
     table(
         f"Best k={k} probe over cells, mean F1 over {concepts} concepts",
-        ["model", ">cells", ">tokens", ">raw", ">always", ">balanced", ">1/layer", ">search", ">typical"],
+        ["model", ">cells", "~>tokens", ">raw", ">always", ">balanced", ">1/layer", ">search", "~>typical"],
         rows,
-        note="tokens: test set of the median cell; always: a probe with no neuron that says yes; balanced: every cell "
-        "at prevalence 1/2; 1/layer: one random expert a layer; search: raw explained by search, expected if all cells "
-        "of a model were alike; typical: mean over cells in place of the best",
+        note="tokens: of the median cell's test; always: a probe with no neuron; balanced: at prevalence 1/2; 1/layer: "
+        "one random expert a layer; search: expected best if all cells were alike; typical: mean cell",
     )

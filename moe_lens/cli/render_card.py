@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_lens.capture.shading import Mark, pieces, routed_spans
-from moe_lens.cli.render import WIDTH, number
+from moe_lens.cli.terminal import WIDTH, number
 
 if TYPE_CHECKING:
     from moe_lens.capture.card import ExpertCard

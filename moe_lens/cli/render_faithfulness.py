@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
-from moe_lens.cli.render import interval, number, table
+from moe_lens.cli.terminal import aside, interval, more_tables, number, say, table
 
 if TYPE_CHECKING:
     from moe_lens.causal.faithfulness.result import Faithfulness
     from moe_lens.cli.faithfulness_plan import FaithfulnessPlan
 
+N_SHOWN = 20
+"""Pairs of ranking and mode that are shown without --details."""
 _CASE = ("ranking", "mode", "super_experts")
 
 
-def faithfulness(found: Faithfulness) -> None:
-    """Areas beside their controls, how rankings agree, where importance follows routing, and what was found."""
-    shares = ", ".join(f"{100 * share:g}" for share in found.bins.shares)
-    how = "mean" if found.bins.aggregate == "mean" else "area"
-    unit = "gate mass" if found.frame["axis"].iloc[0] == "gate-mass" else "experts"
-    layer = " of each layer" if found.frame["universe"].iloc[0] == "per-layer" else ""
-    note = f"KL in nats per token, {how} over {shares} % of the {unit}{layer}; random, matched: lead over such sets"
+def faithfulness(found: Faithfulness, *, details: bool = False) -> None:
+    """Both scores beside their controls and the finding; with details every table and sentence."""
+    if not details:
+        summary(found)
+        say(found.finding())
+        aside(more_tables(3 + bool(len(found.naopc))))
+        return
+    note = f"KL in nats per token, {_bins(found)}; random, matched: lead over such sets"
     if found.frame["super_experts"].nunique() > 1:
         note += "; * super experts are never ablated"
     areas(found, "comprehensiveness_kl", "Without the experts ranked first (comprehensiveness, high is good)", note)
@@ -31,9 +32,45 @@ def faithfulness(found: Faithfulness) -> None:
         normalised(found)
     orders(found)
     alignment(found)
-    typer.echo("")
-    for sentence in found.findings():
-        typer.echo(sentence)
+    say(*found.findings())
+
+
+def _bins(found: Faithfulness) -> str:
+    """What the scores are averaged over."""
+    shares = ", ".join(f"{100 * share:g}" for share in found.bins.shares)
+    how = "mean" if found.bins.aggregate == "mean" else "area"
+    unit = "gate mass" if found.frame["axis"].iloc[0] == "gate-mass" else "experts"
+    layer = " of each layer" if found.frame["universe"].iloc[0] == "per-layer" else ""
+    return f"{how} over {shares} % of the {unit}{layer}"
+
+
+def summary(found: Faithfulness) -> None:
+    """AOPC of every ranking and mode without and with only its first experts, with the leads over controls."""
+    own = found.frame[(found.frame["quantity"] == "aopc") & (found.frame["control"] == "none")]
+    own = own[own["super_experts"] == "included"]
+    gaps = found.gaps[(found.gaps["quantity"] == "aopc") & (found.gaps["super_experts"] == "included")]
+    gaps = gaps.set_index(["score", "control", "ranking", "mode"])
+    shares = found.matched_share
+    rows = []
+    for row in own.head(N_SHOWN).to_dict("records"):
+        at = (row["ranking"], row["mode"])
+        line = list(at)
+        for score in ("comprehensiveness_kl", "sufficiency_kl"):
+            random, matched = (score, "random", *at), (score, "load-matched", *at)
+            line += [number(row[score], 2), interval(row[f"{score}_low"], row[f"{score}_high"], digits=2)]
+            line += [number(gaps["gap"].get(random), 2), number(gaps["p"].get(random), 2)]
+            line += [number(gaps["gap"].get(matched), 2)]
+        share = shares.get(at)
+        rows.append([*line, "-" if share is None else f"{share:.0%}"])
+    score = ["~>95 %", ">random", ">p", ">matched"]
+    left = len(own) - len(rows)
+    table(
+        "Without the experts ranked first (WITHOUT, high is good), with only these (ONLY, low is good)",
+        ["ranking", "mode", ">WITHOUT", *score, ">ONLY", *score, ">match"],
+        rows,
+        note=f"KL, {_bins(found)}; random, matched: lead over such sets; match: share of experts with a match of like "
+        "load" + (f"; {left} more rows with --details" if left else ""),
+    )
 
 
 def areas(found: Faithfulness, score: str, title: str, note: str) -> None:
@@ -57,7 +94,7 @@ def areas(found: Faithfulness, score: str, title: str, note: str) -> None:
         rows.append(
             line + ([] if circuit is None else [number(circuit.get((*at, name)), 2) for name in ("cpr", "cmd")])
         )
-    columns = ["ranking", "mode", ">KL", ">95 % interval", ">random", ">p", ">matched"]
+    columns = ["ranking", "mode", ">KL", "~>95 % interval", ">random", ">p", ">matched"]
     table(title, columns + ([] if circuit is None else [">CPR", ">CMD"]), rows, note=note)
 
 
@@ -105,7 +142,7 @@ def alignment(found: Faithfulness) -> None:
         numbers = spread.loc[layer]
         line += [number(numbers[name], 2) for name in ("router_entropy", "load_cv", "load_gini")]
         rows.append([*line, number(changes.get(layer), 2)])
-    columns = ["", ">load", ">gate mass", ">gate norm", ">given load", ">entropy", ">load CV", ">Gini", ">churn"]
+    columns = ["", ">load", ">gate mass", ">gate norm", ">given load", ">entropy", "~>load CV", "~>Gini", ">churn"]
     which = f" of {churn['ranking'].iloc[0]}" if len(churn) else ""
     note = (
         "Spearman within the layer of importance by gradient with routing numbers; given load: gate norm with load "
@@ -116,10 +153,12 @@ def alignment(found: Faithfulness) -> None:
 
 def plan(found: FaithfulnessPlan) -> None:
     """Passes by purpose and the minutes they would take."""
-    typer.echo(f"{found.model}: {found.n_experts} experts, passes over {found.max_tokens:,} tokens")
     rows = [[purpose, f"{n:,}"] for purpose, n in found.passes.items() if n]
     rows.append(["all", f"{found.n_passes:,}"])
     note = "at most: equal sets run once; twice the sets if the model has super experts, which only a run finds out"
     table("Passes", ["for", ">passes"], rows, note=note)
     minutes = f"{found.minutes:.1f}" if found.minutes < 100 else f"{found.minutes:,.0f}"
-    typer.echo(f"about {minutes} minutes at {found.seconds_per_pass:.2g} s a pass, timed on this machine just now")
+    say(
+        f"{found.model}: {found.n_experts} experts, passes over {found.max_tokens:,} tokens, about {minutes} minutes "
+        f"at {found.seconds_per_pass:.2g} s a pass, timed on this machine just now."
+    )

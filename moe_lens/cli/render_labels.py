@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from moe_lens.cli.render import count, interval, number, span, table
+from moe_lens.cli.terminal import aside, count, interval, more_tables, number, say, span, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,24 +22,23 @@ NEGATIVES = {
 N_SHOWN = 12
 
 
-def labels(found: Labels, *, n_shown: int = N_SHOWN) -> None:
-    """Labels that predict routing best, mean scores beside their baselines, and what was found."""
-    best(found, n_shown)
-    means(found.summary)
-    if trouble := {name: n for name, n in found.outcomes.items() if n and name not in ("ok", "cached")}:
-        causes = ", ".join(f"{n} {cause}" for cause, n in found.failures.items())
-        words = [f"{n} {name}" + (f" ({causes})" if name == "failed" and causes else "") for name, n in trouble.items()]
-        typer.echo("requests without a usable reply: " + ", ".join(words))
-    typer.echo("")
-    typer.echo(found.finding())
+def labels(found: Labels, *, details: bool = False) -> None:
+    """Labels that predict routing best and what was found, with what went wrong; with details also the means."""
+    best(found)
+    if details:
+        means(found.summary)
+    finding, *trouble = found.findings()
+    say(finding)
+    aside(*trouble)
+    aside("" if details else more_tables(1), "moe-lens show prints one expert")
 
 
-def best(found: Labels, n_shown: int) -> None:
-    """The labels with the best headline scores, and the number of the others."""
+def best(found: Labels, n_shown: int = N_SHOWN) -> None:
+    """The labels with the best headline scores."""
     frame = found.frame.sort_values("auroc", ascending=False, na_position="last")
     rows = [
         [
-            row["address"] + (f" facet {row['facet']}" if row["facet"] else ""),
+            row["address"] + (f".{row['facet']}" if row["facet"] else ""),
             number(row["auroc"], 2),
             interval(row["ci_low"], row["ci_high"], digits=2),
             number(row["bigram"], 2),
@@ -49,15 +46,13 @@ def best(found: Labels, n_shown: int) -> None:
         ]
         for row in frame.head(n_shown).to_dict("records")
     ]
-    left = int((frame["status"] == "ok").sum()) - sum(
-        row["status"] == "ok" for row in frame.head(n_shown).to_dict("records")
-    )
+    which = f"The {len(rows)} of {len(frame)} labels" if len(rows) < len(frame) else "Labels"
+    picked = "; the best of many flatter" if len(rows) < len(frame) else ""
     table(
-        f"Labels of {found.labeller}, by AUROC against the same token id, not routed",
-        ["expert", ">AUROC", ">95 % interval", ">pairs", "label"],
+        f"{which} of {found.labeller} with the highest AUROC against the same token id, not routed",
+        ["=expert", ">AUROC", "~>95 % interval", ">pairs", "label"],
         rows,
-        note="pairs: AUROC of a table of token pairs, fitted on other documents"
-        + (f"; {left} more labels in labels.parquet, moe-lens show prints one expert" if left else ""),
+        note=f"pairs: AUROC of a table of token pairs, fitted on other documents{picked}",
     )
 
 
@@ -77,16 +72,30 @@ def means(summary: pd.DataFrame) -> None:
                 str(int(row["n_above_bigram"])) if row["control"] == "none" else "-",
             ]
         )
-    columns = ["scorer", "negatives", ">experts", ">AUROC", ">95 % interval", ">token", ">pairs", ">above pairs"]
+    columns = ["scorer", "negatives", "~>experts", ">AUROC", "~>95 % interval", ">token", ">pairs", ">above pairs"]
     note = "* the label of another expert of the layer; token, pairs: tables of token ids and of token pairs"
     table("Mean over experts", columns, rows, note=note)
 
 
-def plan(found: LabelPlan) -> None:
-    """What labelling and scoring would need."""
+def plan(found: LabelPlan, *, details: bool = False) -> None:
+    """What labelling and scoring would need: requests if a language model is asked, else tokens per expert."""
+    if not found.costs or details:
+        tokens_per_expert(found)
+    if found.costs:
+        requests(found)
     tokens = ", ".join(f"{n:,} {split}" for split, n in found.tokens.items())
-    typer.echo(f"{found.model}: {found.n_experts} experts, {found.n_documents:,} documents, tokens {tokens}")
-    typer.echo(f"labels by {found.labeller}, scored by {', '.join(found.scorers)}")
+    asked = f"{found.calls:,} calls" if found.costs else "no language model is asked"
+    if found.max_calls is not None and found.max_calls < found.calls:
+        asked += f", of which --max-calls {found.max_calls:,} leaves {found.calls - found.max_calls:,} unasked"
+    say(
+        f"{found.model}: {found.n_experts} experts, {found.n_documents:,} documents, tokens {tokens}; labels by "
+        f"{found.labeller}, scored by {', '.join(found.scorers)}; {asked}."
+    )
+    aside(more_tables(1) if found.costs and not details else "")
+
+
+def tokens_per_expert(found: LabelPlan) -> None:
+    """Visits of an evenly used expert, beside those that a full set of exemplars takes."""
     rows = []
     for share in found.shares:
         row: list[Any] = [span(share.layers), f"{share.top_k} of {share.n_experts}"]
@@ -94,9 +103,10 @@ def plan(found: LabelPlan) -> None:
         rows.append(row)
     note = "of an evenly used expert; one with fewer than in brackets gets fewer exemplars and the status too_few"
     table("Tokens per expert", ["layers", "top-k", *(f">{split}" for split in found.needed)], rows, note=note)
-    if not found.costs:
-        typer.echo("no language model is asked")
-        return
+
+
+def requests(found: LabelPlan) -> None:
+    """Calls and tokens by task."""
     costs = [(c.task, c.model, c.calls, c.tokens_in, c.tokens_out) for c in found.costs]
     costs.append(("all", "", found.calls, found.tokens_in, found.tokens_out))
     rows = [[task, model, f"{calls:,}", count(read), count(wrote)] for task, model, calls, read, wrote in costs]
@@ -105,5 +115,3 @@ def plan(found: LabelPlan) -> None:
         "tokens are rough, texts other than English prose can have twice as many"
     )
     table("Requests", ["task", "model", ">calls", ">tokens in", ">tokens out"], rows, note=note)
-    if found.max_calls is not None and found.max_calls < found.calls:
-        typer.echo(f"--max-calls {found.max_calls:,} leaves {found.calls - found.max_calls:,} of them unasked")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from moe_lens.cli.render import WIDTH, number, table
+from moe_lens.cli.terminal import aside, console, more_tables, number, printable, say, table
 from moe_lens.plots import signed
 
 if TYPE_CHECKING:
@@ -20,42 +17,35 @@ PROMPT_END = 60
 """Characters of a prompt that its title shows, the last ones."""
 
 
-def steering(found: Steering) -> None:
-    """Texts side by side, one line per arm, and what was found."""
+def steering(found: Steering, *, details: bool = False) -> None:
+    """Texts side by side and what was found; with details also one line per arm."""
     texts(found)
-    arms(found)
-    typer.echo("")
-    typer.echo(found.finding())
+    if details:
+        arms(found)
+    say(found.finding())
+    aside("" if details else more_tables(1))
 
 
 def texts(found: Steering) -> None:
-    """What the clean model, the steered one and the first control wrote."""
-    shown = found.side_by_side
-    prompts = found.settings["prompts"]
-    for at, prompt in enumerate(prompts[:N_SHOWN]):
-        end = printable(prompt).replace("\n", " ")
-        end = end if len(end) <= PROMPT_END else "…" + end[1 - PROMPT_END :]
-        beside(f"after {end!r}", shown.values(), [printable(found.text(at, arm)) for arm in shown])
-    if len(prompts) > N_SHOWN:
-        typer.echo(f"{len(prompts) - N_SHOWN} more prompts; -o DIR keeps all texts in steering.parquet")
-
-
-def beside(title: str, names: Iterable[str], written: Sequence[str]) -> None:
-    """Texts in columns; a text without blanks is folded, never cut."""
+    """What the clean model, the steered one and the first control wrote; a text without blanks is folded, never cut."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    console.print(Text("\n" + title, style="bold"))
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        grid.add_column(Text(name), overflow="fold")
-    grid.add_row(*map(Text, written))
-    console.print(grid)
+    shown, prompts = found.side_by_side, found.settings["prompts"]
+    out = console()
+    out.print(Text("\nWhat was written", style="bold"))
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("after", *shown.values()):
+        grid.add_column(Text(name), overflow="fold", ratio=1)
+    for at, prompt in enumerate(prompts[:N_SHOWN]):
+        end = printable(prompt).replace("\n", " ")
+        end = end if len(end) <= PROMPT_END else "…" + end[1 - PROMPT_END :]
+        written = [printable(found.text(at, arm)) for arm in shown]
+        grid.add_row(*(Text(text) for text in (repr(end), *written)), end_section=at < len(prompts) - 1)
+    out.print(grid)
+    if len(prompts) > N_SHOWN:
+        aside(f"{len(prompts) - N_SHOWN} more prompts; -o DIR keeps all texts in steering.parquet")
 
 
 def arms(found: Steering) -> None:
@@ -89,16 +79,11 @@ def arms(found: Steering) -> None:
     table("Arms", columns, rows, note=note)
 
 
-def printable(text: str) -> str:
-    """Text whose control characters, which a terminal would obey, are spelled out; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def plan(predicted: dict[str, Any]) -> None:
     """What a run would take."""
     p = predicted
     plural = "s" if p["prompts"] > 1 else ""
-    typer.echo(
+    say(
         f"{p['model']}: {p['prompts']} prompt{plural} x {len(p['arms'])} arms = {p['texts']} texts of up to "
         f"{p['max_new_tokens']} tokens; the clean texts are read at most {p['measurements']} times to find how strong "
         "each push must be, and a few times more where other experts join a control"

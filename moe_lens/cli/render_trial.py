@@ -5,34 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from moe_lens.cli.render import WIDTH, number, table
+from moe_lens.cli.terminal import aside, more_tables, number, say, table
 
 if TYPE_CHECKING:
     from moe_lens.causal.trial.plan import TrialPlan
     from moe_lens.causal.trial.result import Trial
 
-N_SHOWN = 40
+N_SHOWN = 20
 _EXCLUSIVE = {"exclusive": "yes", "not exclusive": "no", "by routing": "by routing", "unknown": "unknown"}
-_OTHER_COLUMNS = 81
-"""Width of the table of verdicts without labels."""
 
 
-def trial(found: Trial, *, n_shown: int = N_SHOWN) -> None:
-    """Verdict of every label, counts by verdict beside those of false labels, and the finding."""
-    verdicts(found, n_shown)
-    counts(found)
-    for note in found.settings.get("notes", ()):
-        typer.echo(note)
-    typer.echo("")
-    typer.echo(found.finding())
+def trial(found: Trial, *, details: bool = False) -> None:
+    """Verdicts and the finding; with details every label, and counts by verdict beside those of false labels."""
+    verdicts(found, details=details)
+    if details:
+        counts(found)
+    say(*found.findings()) if details else say(found.finding())
+    aside(*found.settings.get("notes", ()))
+    aside("" if details else more_tables(1))
 
 
-def verdicts(found: Trial, n_shown: int) -> None:
+def verdicts(found: Trial, *, details: bool = False) -> None:
     """One line per real label, supported ones first."""
     frame = found.verdicts
-    width = _label_width()
     rows = [
         [
             row["address"] + (f".{row['facet']}" if row["facet"] else ""),
@@ -42,23 +37,28 @@ def verdicts(found: Trial, n_shown: int) -> None:
             _EXCLUSIVE[row["exclusive"]] if row["verdict"] == "supported" else "",
             number(row["auroc_routing"], 2),
             str(int(row["n_docs_z1r1"])),
-            short(row["label"], width),
+            row["label"],
         ]
-        for row in frame.head(n_shown).to_dict("records")
+        for row in frame.head(len(frame) if details else N_SHOWN).to_dict("records")
     ]
-    left = len(frame) - len(rows)
+    delta = number(1000 * found.settings["delta"], 0)
     note = (
-        "effect: mnat per token that visited tokens of the label lose without the expert. need: the same beyond one "
-        "chosen beside it at equal weight, with 95 % interval, in the mode where it is smaller; it counts from "
-        f"{number(1000 * found.settings['delta'], 0)} mnat, and only with an effect above 0. exclusive: needed more "
-        "there than at its other tokens? routing: AUROC of the label for the visits. docs: with a visited token of the "
-        "label"
+        f"need: mnat per token lost there without the expert, beyond one chosen beside it; counts from {delta}; "
+        "routing: AUROC of the label for the visits"
     )
+    if details:
+        note = (
+            "effect: mnat per token that visited tokens of the label lose without the expert. need: the same beyond "
+            "one chosen beside it at equal weight, with 95 % interval, in the mode where it is smaller; it counts from "
+            f"{delta} mnat, and only with an effect above 0. exclusive: needed more there than at its other tokens? "
+            "routing: AUROC of the label for the visits. docs: with a visited token of the label"
+        )
+    left = len(frame) - len(rows)
     table(
         "Labels on trial",
-        ["expert", "verdict", ">effect", ">need, mnat", "exclusive", ">routing", ">docs", "label"],
+        ["=expert", "=verdict", "~>effect", ">need, mnat", "~exclusive", ">routing", "~>docs", "label"],
         rows,
-        note=note + (f"; {left} more in validation.parquet" if left else ""),
+        note=note + (f"; {left} more labels with --details" if left else ""),
     )
 
 
@@ -74,26 +74,13 @@ def counts(found: Trial) -> None:
         interval = f"{own['share']:.0%} [{own['low']:.0%}, {own['high']:.0%}]"
         rows.append([verdict, str(own["n"]), interval, *(str(by_kind[kind].loc[verdict, "n"]) for kind in kinds[1:])])
     rows.append(["all", *_totals(by_kind, kinds[:1]), "", *_totals(by_kind, kinds[1:])])
-    names = [">" + kind.replace("-", "\n", 1) for kind in kinds[1:]]
+    names = [f">{kind}" for kind in kinds[1:]]
     note = "right: false labels of the same experts, which should not be supported" if names else ""
-    table("By verdict", ["verdict", ">labels", ">95 % interval", *names], rows, note=note)
+    table("By verdict", ["=verdict", ">labels", "~>95 % interval", *names], rows, note=note)
 
 
 def _totals(by_kind: dict[Any, Any], kinds: Sequence[str]) -> list[str]:
     return [str(int(by_kind[kind]["n"].sum())) for kind in kinds]
-
-
-def short(label: str, width: int) -> str:
-    """The label on one line, cut to `width`."""
-    label = " ".join(label.split())
-    return label if len(label) <= width else label[: width - 1].rstrip() + "…"
-
-
-def _label_width() -> int:
-    from rich.console import Console
-
-    console = Console()
-    return max(16, (console.width if console.is_terminal else WIDTH) - _OTHER_COLUMNS)
 
 
 def _span(row: dict[Any, Any], name: str, *, scale: float, digits: int) -> str:
@@ -108,26 +95,27 @@ def plan(found: TrialPlan, calls: Mapping[str, Mapping[str, int]]) -> None:
     Args:
         calls: by judge, ``tokens`` it would be asked about and ``calls``.
     """
-    of_all = f" (a sample of {found.n_given})" if found.n_given > found.n_labels else ""
-    typer.echo(
-        f"{found.model}: {found.n_labels} labels on trial{of_all}, {found.n_predictions:,} predictions in "
-        f"{found.n_documents:,} documents"
-    )
-    typer.echo(
-        f"{found.n_passes:,} passes, about {found.minutes:.1f} minutes (one took {found.seconds_per_pass:.2f} s here)"
-    )
-    for judge, asked in calls.items():
-        typer.echo(f"{judge} would be asked about {asked['tokens']:,} tokens, in at most {asked['calls']:,} calls")
     poor = [label for label in found.labels if label.lacks]
     if poor:
         note = "underpowered whatever the passes would show: give more documents, or a larger --max-tokens"
-        rows = [[label.address, label.lacks, short(label.label, 40)] for label in poor[:N_SHOWN]]
-        table(f"{len(poor)} labels with too little text", ["expert", "has", "label"], rows, note=note)
+        rows = [[label.address, label.lacks, label.label] for label in poor[:N_SHOWN]]
+        table(f"{len(poor)} labels with too little text", ["=expert", "has", "label"], rows, note=note)
+    of_all = f" (a sample of {found.n_given})" if found.n_given > found.n_labels else ""
+    said = [
+        f"{found.model}: {found.n_labels} labels on trial{of_all}, {found.n_predictions:,} predictions in "
+        f"{found.n_documents:,} documents; {found.n_passes:,} passes, about {found.minutes:.1f} minutes (one took "
+        f"{found.seconds_per_pass:.2f} s here).",
+        *(
+            f"{judge} would be asked about {asked['tokens']:,} tokens, in at most {asked['calls']:,} calls."
+            for judge, asked in calls.items()
+        ),
+    ]
     reach = sorted(label.detectable for label in found.labels if not label.lacks and label.detectable is not None)
     if reach:
         low, middle, high = (f"{1000 * reach[i]:.0f}" for i in (0, len(reach) // 2, -1))
-        typer.echo(
-            f"smallest need that is found with 80 % power: {low} to {high} mnat, typically {middle}, from each label's "
-            f"number of documents and how much {found.timed} differs between them; a need counts from "
-            f"{1000 * found.delta:.0f} mnat"
+        said.append(
+            f"The smallest need that is found with 80 % power is {low} to {high} mnat, typically {middle}, from each "
+            f"label's number of documents and how much {found.timed} differs between them; a need counts from "
+            f"{1000 * found.delta:.0f} mnat."
         )
+    say(*said)

@@ -15,7 +15,7 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="run directory, o
 def report(
     directory: Directory = Path("runs"),
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="where to write it (report.html in the run)")
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="where to write it (report.html in the run)")
     ] = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -25,23 +25,23 @@ def report(
     Parts that the run does not have are left out, with the command that would add them.
     """
     import moe_lens
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
     from moe_lens.cli.show import newest
 
     path = moe_lens.report(newest(directory), out=out)
-    render.print_json({"report": str(path), "bytes": path.stat().st_size}) if json else typer.echo(str(path))
+    terminal.print_json({"report": str(path), "bytes": path.stat().st_size}) if json else typer.echo(str(path))
 
 
 def verify(directory: Directory = Path("runs"), json: Json = False, verbose: Verbose = False) -> None:
     """Rehash the tables of a run, and take every number that its report quotes from them again."""
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
     from moe_lens.cli.show import newest
     from moe_lens.report.verify import verify as check
 
     run = newest(directory)
     found = check(run)
     if json:
-        render.print_json({"directory": str(run), **found.to_dict()})
+        terminal.print_json({"directory": str(run), **found.to_dict()})
     else:
         typer.echo(found.finding())
         for problem in found.problems[1:]:

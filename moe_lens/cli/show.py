@@ -27,12 +27,12 @@ def show(
     got are underlined. Without colours the token stands in [[ ]].
     """
     from moe_lens.capture.run import open_run
-    from moe_lens.cli import render, render_card
+    from moe_lens.cli import render_card, terminal
 
     run = open_run(newest(output))
     cards = [run.card(address, n=n) for address in dict.fromkeys(map(ExpertAddress.parse, experts))]
     if json:
-        render.print_json({"directory": str(run.path), "experts": [card.summary() for card in cards]})
+        terminal.print_json({"directory": str(run.path), "experts": [card.summary() for card in cards]})
         return
     for card in cards:
         render_card.card(card)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import inputs
-from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.cli.options import Details, Json, Verbose, options_of
 from moe_lens.config import SteerConfig
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 def steer(
     config: Annotated[Path | None, typer.Option("--config", help="YAML file with any of these options")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="count texts and passes, and stop")] = False,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
@@ -30,20 +31,21 @@ def steer(
     The push is made as strong as it must be for the next token to move by a common KL, and experts of like load are
     pushed to the same KL, so that what any disturbance of that size does is seen beside it.
     """
-    from moe_lens.cli import render, render_steer
+    from moe_lens.cli import render_steer, terminal
 
     settings = SteerConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
-    spec = inputs.check_model(settings)
+    spec = inputs.check_moe(settings)
     prompts = check_asked(settings, spec)
     if dry_run:
         plan = predicted(settings, prompts)
-        render.print_json(plan) if json else render_steer.plan(plan)
+        terminal.print_json(plan) if json else render_steer.plan(plan)
         return
-    found = run(settings, prompts)
+    with inputs.refusal_leaves_nothing(settings.output):
+        found = run(settings, prompts)
     if json:
-        render.print_json(found.to_dict())
+        terminal.print_json(found.to_dict())
         return
-    render_steer.steering(found)
+    render_steer.steering(found, details=details)
     if settings.output is not None:
         typer.echo(str(settings.output))
 

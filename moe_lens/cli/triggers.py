@@ -17,16 +17,28 @@ if TYPE_CHECKING:
     from moe_lens.models.spec import Spec
 
 ALL = "all"
+N_SHOWN = 20
+"""Experts that are shown without --details."""
+NOTE = (
+    "effect: nats of log p(target) that go with the expert at its triggers; then what is left beyond experts chosen "
+    "beside it, experts with like gates elsewhere, and its effect on other targets (* q < .05)"
+)
+LONG_NOTE = (
+    "routed: usable cases with the expert at the trigger; first: share in which it writes most to the target's logit "
+    "among the experts chosen there (in brackets: others with a like gate, at other tokens); effect: nats of "
+    "log p(target), in the mode where it is smaller; then what is left of it beyond experts chosen beside it, experts "
+    "with like gates, and its own effect on other experts' targets (* q < .05)"
+)
 
 
-def show(settings: ValidateConfig, *, json: bool, dry_run: bool) -> None:
+def show(settings: ValidateConfig, *, json: bool, dry_run: bool, details: bool) -> None:
     """Check the cases, measure them into ``settings.output``, and print what was found.
 
     Raises:
         BadConfig, BadOutput, OutOfRange: see the message.
     """
     from moe_lens.causal.triggers.run import check_modes
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
 
     assert settings.triggers is not None
     if settings.labels is not None:
@@ -37,13 +49,14 @@ def show(settings: ValidateConfig, *, json: bool, dry_run: bool) -> None:
     addresses = inputs.expert_addresses(spec, settings.layers, experts)
     plan = make_plan(settings, spec, addresses)
     if dry_run:
-        render.print_json(plan.to_dict()) if json else show_plan(plan)
+        terminal.print_json(plan.to_dict()) if json else show_plan(plan)
         return
-    found = run(settings, addresses)
+    with inputs.refusal_leaves_nothing(settings.output):
+        found = run(settings, addresses)
     if json:
-        render.print_json(found.to_dict())
+        terminal.print_json(found.to_dict())
         return
-    show_result(found)
+    show_result(found, details=details)
     typer.echo(str(settings.output))
 
 
@@ -83,48 +96,48 @@ def run(settings: ValidateConfig, experts: list[str] | None) -> Triggers:
 
 def show_plan(plan: TriggerPlan) -> None:
     """Cases, defects and passes."""
-    typer.echo(
-        f"{plan.model}: {plan.n_used:,} of {plan.n_cases:,} cases of {plan.n_experts} experts in layers "
-        f"{', '.join(map(str, plan.layers))} can be measured"
-    )
+    from moe_lens.cli import terminal
+
     show_defects(plan.defects)
-    typer.echo(
+    terminal.say(
+        f"{plan.model}: {plan.n_used:,} of {plan.n_cases:,} cases of {plan.n_experts} experts in layers "
+        f"{', '.join(map(str, plan.layers))} can be measured; "
         f"{plan.texts:,} clean passes over one text each, then {plan.passes} ablated passes, each over the windows of "
-        f"its layer ({plan.windows:,} in all, {plan.tokens:,} tokens, at most)"
+        f"its layer ({plan.windows:,} in all, {plan.tokens:,} tokens, at most)."
     )
 
 
-def show_result(found: Triggers) -> None:
-    """One line per expert, cases by defect, and the finding."""
+def show_result(found: Triggers, *, details: bool) -> None:
+    """One line per expert and the finding; with details also cases by defect."""
     from moe_lens.causal.triggers.statistics import Q
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
 
     rows = []
     for row in found.weakest.to_dict("records"):
         contrasts = [
-            render.number(row[name]) + ("*" if row[f"q_{name}"] < Q else "")
+            terminal.number(row[name]) + ("*" if row[f"q_{name}"] < Q else "")
             for name in ("over_co_selected", "over_matched", "over_other_targets")
         ]
-        first, like = render.number(row["rank1"], 2), render.number(row["rank1_matched"], 2)
-        interval = render.interval(row["effect_low"], row["effect_high"])
+        first, like = terminal.number(row["rank1"], 2), terminal.number(row["rank1_matched"], 2)
+        interval = terminal.interval(row["effect_low"], row["effect_high"])
         routed = f"{row['n_routed']}/{row['n_used']}"
-        effect = render.number(row["effect"])
+        effect = terminal.number(row["effect"])
         rows.append([row["address"], row["outcome"], routed, f"{first} ({like})", effect, interval, *contrasts])
-    columns = ["expert", "outcome", ">routed", ">first", ">effect", ">95 % interval", ">beside", ">gates", ">targets"]
-    note = (
-        "routed: usable cases with the expert at the trigger; first: share in which it writes most to the target's "
-        "logit among the experts chosen there (in brackets: others with a like gate, at other tokens); effect: nats of "
-        "log p(target), in the mode where it is smaller; then what is left of it beyond experts chosen beside it, "
-        "experts with like gates, and its own effect on other experts' targets (* q < .05)"
-    )
-    render.table("Triggers and targets", columns, rows, note=note)
-    show_defects(found.defects)
-    typer.echo(found.finding())
+    columns = ["expert", "outcome", ">routed", ">first", ">effect", "~>95 % interval", ">beside", ">gates", ">targets"]
+    shown = rows if details else rows[:N_SHOWN]
+    note = LONG_NOTE if details else NOTE
+    if len(shown) < len(rows):
+        note += f"; {len(rows) - len(shown)} more experts with --details"
+    terminal.table("Triggers and targets", columns, shown, note=note)
+    if details:
+        show_defects(found.defects)
+    terminal.say(*found.findings()) if details else terminal.say(found.finding())
+    terminal.aside(terminal.more_tables(1) if found.defects and not details else "")
 
 
 def show_defects(defects: Mapping[str, int]) -> None:
     """Cases by defect."""
-    from moe_lens.cli import render
+    from moe_lens.cli import terminal
 
     if defects:
-        render.table("Cases by defect", ["defect", ">cases"], [[name, f"{n:,}"] for name, n in defects.items()])
+        terminal.table("Cases by defect", ["defect", ">cases"], [[name, f"{n:,}"] for name, n in defects.items()])

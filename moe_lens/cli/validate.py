@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moe_lens.cli import inputs
-from moe_lens.cli.options import Json, Verbose, options_of
+from moe_lens.cli.options import Details, Json, Verbose, options_of
 from moe_lens.config import ValidateConfig
 from moe_lens.errors import BadConfig
 
@@ -44,12 +44,13 @@ def validate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="load the model, time one pass, say what a run would take")
     ] = False,
+    details: Details = False,
     json: Json = False,
     verbose: Verbose = False,
     **flags: Any,
 ) -> None:
     """Try labels: is the expert visited where its label says, and does the model need it there?"""
-    from moe_lens.cli import render, render_trial
+    from moe_lens.cli import render_trial, terminal
 
     settings = ValidateConfig.build(config, **{name: None if value == [] else value for name, value in flags.items()})
     settings = settings.with_output()
@@ -58,7 +59,7 @@ def validate(
     if settings.triggers is not None:
         from moe_lens.cli import triggers
 
-        triggers.show(settings, dry_run=dry_run, json=json)
+        triggers.show(settings, dry_run=dry_run, json=json, details=details)
         return
     spec = inputs.check_model(settings.model_copy(update={"experts": None}))
     on_trial = check_labels(settings, spec)
@@ -66,14 +67,15 @@ def validate(
     text = inputs.read_text(settings)
     if dry_run:
         plan = make_plan(settings, on_trial, text)
-        asked = calls(settings, plan.asked)
-        render.print_json(plan.to_dict() | {"calls": asked}) if json else render_trial.plan(plan, asked)
+        counted = calls(settings, plan.asked)
+        terminal.print_json(plan.to_dict() | {"calls": counted}) if json else render_trial.plan(plan, counted)
         return
-    trial = run(settings, on_trial, text)
+    with inputs.refusal_leaves_nothing(settings.output):
+        trial = run(settings, on_trial, text)
     if json:
-        render.print_json(trial.to_dict())
+        terminal.print_json(trial.to_dict())
         return
-    render_trial.trial(trial)
+    render_trial.trial(trial, details=details)
     typer.echo(str(settings.output))
 
 
@@ -209,20 +211,10 @@ def run(settings: ValidateConfig, on_trial: OnTrial, text: Corpus) -> Trial:
             on_trial.labels,
             judge=judge,
             second_judge=second_judge,
-            judge_positions=settings.judge_positions,
             null_tables=null_tables,
-            experts=on_trial.experts,
-            n_labels=on_trial.n_labels,
-            modes=settings.modes,
-            null_labels=null_kinds(settings),
-            controls=settings.matched,
-            positions=settings.positions,
-            horizon=settings.horizon,
+            **asked(settings, on_trial),
+            **reading(settings),
             draws=settings.draws,
-            max_tokens=settings.max_tokens,
-            document_tokens=settings.document_tokens,
-            max_length=settings.max_length,
-            seed=settings.seed,
             out=settings.output,
             resume=settings.resume,
         )
@@ -234,36 +226,47 @@ def make_plan(settings: ValidateConfig, on_trial: OnTrial, text: Corpus) -> Tria
     from moe_lens.causal.trial.plan import plan_trial
 
     lens = inputs.load_lens(settings, settings.model, revision=settings.revision)
-    reading = {"document_tokens": settings.document_tokens, "max_length": settings.max_length, "seed": settings.seed}
     return plan_trial(
         lens,
-        text_of(lens, text, **reading),
+        text_of(lens, text, **reading(settings)),
         on_trial.labels,
         is_asked=settings.judge != RULE,
         n_tables=int(is_shuffled(settings, on_trial)),
-        experts=on_trial.experts,
-        n_labels=on_trial.n_labels,
-        modes=settings.modes,
-        null_labels=null_kinds(settings),
-        controls=settings.matched,
-        positions=settings.positions,
-        horizon=settings.horizon,
-        max_tokens=settings.max_tokens,
-        judge_positions=settings.judge_positions,
+        **asked(settings, on_trial),
         seed=settings.seed,
     )
 
 
-def calls(settings: ValidateConfig, asked: Sequence[int]) -> dict[str, dict[str, int]]:
+def asked(settings: ValidateConfig, on_trial: OnTrial) -> dict[str, Any]:
+    """What is tried and against what, as a trial and its plan take it."""
+    return {
+        "experts": on_trial.experts,
+        "n_labels": on_trial.n_labels,
+        "modes": settings.modes,
+        "null_labels": null_kinds(settings),
+        "controls": settings.matched,
+        "positions": settings.positions,
+        "horizon": settings.horizon,
+        "max_tokens": settings.max_tokens,
+        "judge_positions": settings.judge_positions,
+    }
+
+
+def reading(settings: ValidateConfig) -> dict[str, Any]:
+    """How the text is cut."""
+    return {"document_tokens": settings.document_tokens, "max_length": settings.max_length, "seed": settings.seed}
+
+
+def calls(settings: ValidateConfig, n_asked: Sequence[int]) -> dict[str, dict[str, int]]:
     """By judge: the tokens that it would be asked about, and the calls."""
     from moe_lens.autointerp.focal_judge import PER_PROMPT
     from moe_lens.causal.trial.hearing import TWICE
 
     found = {}
     if settings.judge != RULE:
-        found[settings.judge] = list(asked)
+        found[settings.judge] = list(n_asked)
     if settings.second_judge is not None:
-        found[settings.second_judge] = [round(TWICE * n) for n in asked]
+        found[settings.second_judge] = [round(TWICE * n) for n in n_asked]
     return {
         name: {"tokens": sum(each), "calls": sum(-(-n // PER_PROMPT) for n in each)} for name, each in found.items()
     }

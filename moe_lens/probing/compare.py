@@ -139,10 +139,10 @@ def comparison_table(
         kept = _whole(table) & averaged.get((metric, k), set())
         found = {name: _found(scores[arm], metric, name, k) for name in group_of if name in kept}
         rows += [*table, _mean_row(arm, metric, k, found, group_of)]
-    nulls = nulls_of(moe, dense)
-    if 1 in ks and nulls:
-        types = set(moe[0].cells.concept[moe[0].cells.granularity == Granularity.TYPE.value])
-        rows = null_rows(rows, nulls, group_of, {m: averaged.get((m, 1), set()) for m in METRICS}, types)
+    for k in ks:
+        if nulls := nulls_of(moe, dense, k):
+            types = set(moe[0].cells.concept[moe[0].cells.granularity == Granularity.TYPE.value])
+            rows = null_rows(rows, nulls, group_of, {m: averaged.get((m, k), set()) for m in METRICS}, types, k=k)
     return pd.DataFrame(rows)
 
 
@@ -152,10 +152,11 @@ def _whole(table: Sequence[Mapping[str, Any]]) -> set[str]:
     return {row["concept"] for row in table if row["status"] == Status.OK.value and row["n_seeds"] == n_seeds}
 
 
-def nulls_of(moe: Sequence[ModelScores], dense: Sequence[ModelScores]) -> dict[str, NullDistribution]:
-    """The null of either model by role, under the first seed; empty where one of them was not run."""
+def nulls_of(moe: Sequence[ModelScores], dense: Sequence[ModelScores], k: int = 1) -> dict[str, NullDistribution]:
+    """The null of either model at `k` by role, under the first seed; empty where one of them was not run."""
     models = {role: scores[0] for role, scores in zip(ROLES, (moe, dense), strict=True) if scores}
-    found = {role: model.null for role, model in models.items() if model.null is not None}
+    first = {role: model.null for role, model in models.items() if model.null is not None}
+    found = {role: null if k == 1 else null.larger[k] for role, null in first.items() if k == 1 or k in null.larger}
     return found if len(found) == len(models) else {}
 
 

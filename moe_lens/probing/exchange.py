@@ -138,33 +138,42 @@ class ExchangedLabels:
     shifts: Float[ndarray, "permutation document"]
     type_keys: Float[ndarray, "permutation type"]
     _last: dict[tuple[bytes, Granularity], Int[ndarray, "token permutation"]] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[bytes, Granularity, int], float] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.document_keys)
 
     def labels(self, concept: int) -> Bool[ndarray, "token permutation"]:
         """Exchanged labels of one concept. Meaningful only where the concept is in scope."""
-        return self.tracks.labels[:, concept][self.sources(concept)]
+        return np.ascontiguousarray(self.tracks.labels[:, concept]).take(self.sources(concept))
 
     def sources(self, concept: int) -> Int[ndarray, "token permutation"]:
         """Token whose label each token gets. Concepts of one granularity and stratification share them."""
-        t, kind = self.tracks, self.tracks.granularity[concept]
-        within = t.in_scope[:, concept] if kind == Granularity.TYPE else t.exchangeable(concept)
+        within, kind = self._within(concept), self.tracks.granularity[concept]
         key = (within.tobytes(), kind)
         if key not in self._last:
             self._last.clear()  # one block of sources in memory at a time
             by_kind = {Granularity.SPAN: self._tracks, Granularity.DOCUMENT: self._documents}
-            self._last[key] = by_kind.get(kind, self._types)(within)
+            self._last[key] = by_kind.get(kind, self._types)(within).astype(np.int64)  # what `take` reads fastest
         return self._last[key]
 
     def kept(self, concept: int) -> float:
         """Mean share of tokens in scope whose label comes from their own place (document concepts: document)."""
         t = self.tracks
-        own = np.arange(t.n_tokens)
-        if t.granularity[concept] == Granularity.DOCUMENT:
-            own = t.offsets[t.document]
-        scope = t.in_scope[t.document, concept]
-        return float((self.sources(concept)[scope] == own[scope, None]).mean()) if scope.any() else 1.0
+        key = (self._within(concept).tobytes(), t.granularity[concept], int(t.scope_of[concept]))
+        if key not in self._kept:
+            own = np.arange(t.n_tokens)
+            if t.granularity[concept] == Granularity.DOCUMENT:
+                own = t.offsets[t.document]
+            scope = t.in_scope[t.document, concept]
+            same = self.sources(concept)[scope] == own[scope, None]
+            self._kept[key] = float(same.mean()) if scope.any() else 1.0
+        return self._kept[key]
+
+    def _within(self, concept: int) -> ndarray:
+        t = self.tracks
+        is_type = t.granularity[concept] == Granularity.TYPE
+        return t.in_scope[:, concept] if is_type else t.exchangeable(concept)
 
     def _documents(self, within: Int[ndarray, "document"]) -> Int[ndarray, "token permutation"]:
         t = self.tracks

@@ -1,19 +1,25 @@
 """The null arm: the pipeline after neuron selection, run on exchanged labels (METRICS 1.3, item 7).
 
-1. The k = 1 neuron of every (cell, concept), its sign and threshold stay as learnt on select; the rows of each
-   cell, split and concept are ranked once.
-2. Labels are exchanged (`moe_lens.probing.exchange`), a block of permutations at a time.
+1. Neurons, weights and threshold of every probe stay as learnt on select; the rows of each cell, split and concept
+   are ranked by each k's probe once.
+2. Labels are exchanged (`moe_lens.probing.exchange`), a block of permutations at a time, for all k together.
 3. One product gives the rank sums of the positives in every cell under every permutation of a block, and with
    them AUROC; two more give the class sizes and the true positives.
 4. Per permutation as in the real run: cells with too few rows drop out, the cell with the best validate AUROC is
    scored on test; beside it the maximum over cells of the studentised test AUROC.
+
+At k > 1 the cells are those of the real run: the eight of each concept with the best select AUROC at k = 1, unless
+all cells were probed. Select keeps its labels, so these stay the same under every permutation: read a score against
+the band of its own k, and a band that moves with k as another search, not as another kind of chance. There are at
+most `MORE_NEURONS_PERMUTATIONS` permutations and no p-values: tests are made at k = 1 only (METRICS 1.3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +44,14 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-4
 """Standard errors (of AUROC under the null: 1e-6) within which two float32 results are a tie."""
+MORE_NEURONS_PERMUTATIONS = 99
+"""Permutations at k > 1, at most, the first of those at k = 1: enough for a band, and nothing is tested there."""
 Exchange = Callable[..., Iterator[ExchangedLabels]]
 
 
 @dataclass(frozen=True)
 class CellColumns:
-    """Scores of the k = 1 probes on the validate and test tokens that each cell visits."""
+    """Scores of the probes on the validate and test tokens that each cell visits."""
 
     address: Int[ndarray, "cell 2"]
     """Layer and expert, ascending."""
@@ -52,7 +60,11 @@ class CellColumns:
     token: Int[ndarray, "row"]
     """Number of each row's token in the label tracks."""
     score: Callable[[int], Float[ndarray, "row"]]
-    """Logit of a concept's probe on every row; NaN in cells where it was not fitted."""
+    """Logit of a concept's k = 1 probe on every row; NaN in cells where it was not fitted."""
+    larger: Mapping[int, Callable[[int], Float[ndarray, "row"]]] = field(default_factory=dict)
+    """The same at each k > 1; NaN in most cells, where only the best at k = 1 were probed."""
+    scores_per_row: float = 1.0
+    """How many scores a row has, all k together, averaged over rows and concepts: bounds memory."""
 
 
 def cell_columns(
@@ -61,32 +73,37 @@ def cell_columns(
     probes: Sequence[Probe],
     number: Int[ndarray, "table_token"],
 ) -> CellColumns:
-    """Columns of the fitted k = 1 probes, read from the stored evaluation rows without copying them.
+    """Columns of the fitted probes, read from the stored evaluation rows without copying them.
 
     Args:
         rows: validate and test rows, as ``Evaluator`` holds them.
         columns: neurons stored for each (layer, expert), from ``columns_needed``.
         number: track number of every token of the rows' table, from ``label_tracks``.
     """
-    by_cell: dict[tuple[int, int], dict[int, Probe]] = {}
+    by_k: dict[int, dict[tuple[int, int], dict[int, Probe]]] = {1: {}}
     for probe in probes:
-        if probe.k == 1 and probe.fitted:
-            by_cell.setdefault((probe.layer, probe.expert), {})[probe.concept] = probe
-    cells = sorted(by_cell)
+        if probe.fitted:
+            by_k.setdefault(probe.k, {}).setdefault((probe.layer, probe.expert), {})[probe.concept] = probe
+    cells = sorted(by_k[1])
     visited = [number[rows.rows(*cell).token.numpy()] for cell in cells]
     offsets = np.cumsum([0, *(len(v) for v in visited)])
 
-    def score(concept: int) -> Float[ndarray, "row"]:
+    def score(k: int, concept: int) -> Float[ndarray, "row"]:
         out = np.full(offsets[-1], np.nan, np.float32)
         for i, (layer, expert) in enumerate(cells):
-            if (probe := by_cell[layer, expert].get(concept)) is not None:
-                column = columns[layer][expert].tolist().index(int(probe.neurons[0]))
-                h = rows.rows(layer, expert).activation[:, column].float().numpy()
-                out[offsets[i] : offsets[i + 1]] = h * np.float32(probe.coef[0]) + np.float32(probe.intercept)
+            if (probe := by_k[k].get((layer, expert), {}).get(concept)) is not None:
+                stored = columns[layer][expert].tolist()
+                at = [stored.index(int(neuron)) for neuron in probe.neurons]
+                h = rows.rows(layer, expert).activation.index_select(1, torch.tensor(at)).float().numpy()
+                out[offsets[i] : offsets[i + 1]] = h @ probe.coef.astype(np.float32) + np.float32(probe.intercept)
         return out
 
+    n_rows = dict(zip(cells, map(len, visited), strict=True))
+    n_scores = sum(n_rows.get((probe.layer, probe.expert), 0) for probe in probes if probe.fitted)
+    per_row = n_scores / max(1, offsets[-1] * len({probe.concept for probe in probes}))
     token = np.concatenate(visited) if visited else np.zeros(0, np.int64)
-    return CellColumns(np.array(cells, np.int64).reshape(-1, 2), offsets, token, score)
+    larger = {k: partial(score, k) for k in sorted(by_k) if k > 1}
+    return CellColumns(np.array(cells, np.int64).reshape(-1, 2), offsets, token, partial(score, 1), larger, per_row)
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,14 @@ class NullDistribution:
     null: PipelineScores
     kept: Float[ndarray, "concept"]
     """Mean share of tokens that got their own label back. Power fails as it grows: strata are too small."""
+    n_cells: Int[ndarray, "concept"] | None = None
+    """Cells with a probe of each concept and rows to score it on; None where they were not counted."""
+    larger: Mapping[int, NullDistribution] = field(default_factory=dict)
+    """The same at each k > 1, under the first of these exchanges; empty at k > 1."""
+
+    @property
+    def n_permutations(self) -> int:
+        return len(self.null.auroc)
 
     @property
     def p(self) -> Float[ndarray, "concept"]:
@@ -196,9 +221,10 @@ def null_statistics(
     max_bytes: int = 256 << 20,
     exchange: Exchange = exchange_labels,
 ) -> NullDistribution:
-    """Run cell choice and scoring under the true and under exchanged labels, for every concept.
+    """Run cell choice and scoring under the true and under exchanged labels, for every concept and k.
 
     Args:
+        n_permutations: at k = 1; at k > 1 at most `MORE_NEURONS_PERMUTATIONS`.
         minimum: rows of each class that a cell needs in validate and in test, counted anew in every labelling.
             The rule on documents (METRICS 1.1) is not applied here, to the true labels neither.
         max_bytes: bounds what is held at a time, besides the columns themselves.
@@ -216,24 +242,37 @@ def null_statistics(
     n_concepts = len(tracks.names)
     bags = [_Bags.of(tracks, columns, tracks.in_scope[:, c]) for c in _first_of(tracks.scope_of)]
     block = int(np.clip(max_bytes // 2 // (32 * tracks.n_tokens), 1, min(n_permutations, 256)))
-    chunk = max(1, max_bytes // 2 // (8 * max(1, len(columns.token))))
+    held = 8 * max(1, len(columns.token)) * max(1.0, columns.scores_per_row)
+    chunk = max(1, int(max_bytes // 2 // held))
     order = sorted(range(n_concepts), key=lambda c: (tracks.granularity[c], tracks.scope_of[c]))
-    observed, null = _empty(1, n_concepts), _empty(n_permutations, n_concepts)
-    kept = np.zeros(n_concepts)
+    scores = {1: columns.score, **columns.larger}
+    sizes = {k: n_permutations if k == 1 else min(n_permutations, MORE_NEURONS_PERMUTATIONS) for k in scores}
+    observed, null = ({k: _empty(n, n_concepts) for k, n in of.items()} for of in (dict.fromkeys(scores, 1), sizes))
+    n_cells, kept = {k: np.zeros(n_concepts, np.int64) for k in scores}, np.zeros(n_concepts)
     for start in range(0, n_concepts, chunk):
-        some = order[start : start + chunk]
-        ranked = dict(
-            zip(some, in_threads(lambda c: bags[tracks.scope_of[c]].rank(columns.score(c)), some), strict=True)
-        )
-        for c, column in ranked.items():
-            _store(observed, 0, c, column.pipeline(tracks.labels[:, [c]], minimum))
+        some = [(c, k) for c in order[start : start + chunk] for k in scores]
+        found = in_threads(lambda at: bags[tracks.scope_of[at[0]]].rank(scores[at[1]](at[0])), some)
+        ranked: dict[int, dict[int, _Ranked]] = {}
+        for (c, k), column in zip(some, found, strict=True):
+            ranked.setdefault(c, {})[k] = column
+            n_cells[k][c] = column.n_cells
+            _store(observed[k], 0, c, column.pipeline(_table(tracks.labels[:, [c]]), minimum))
         at = 0
         for labels in exchange(tracks, n_permutations=n_permutations, seed=seed, block=block):
-            for c, column in ranked.items():
-                _store(null, at, c, column.pipeline(labels.labels(c), minimum))
+            for c, by_k in ranked.items():
+                table = _table(labels.labels(c))
+                for k, column in by_k.items():
+                    if (n := min(len(labels), sizes[k] - at)) > 0:
+                        _store(null[k], at, c, column.pipeline(table[:, :n], minimum))
                 kept[c] += labels.kept(c) * len(labels) / n_permutations
             at += len(labels)
-    return NullDistribution(tracks.names, columns.address, observed, null, kept)
+    whole = (tracks.names, columns.address)
+    larger = {k: NullDistribution(*whole, observed[k], null[k], kept, n_cells[k]) for k in columns.larger}
+    return NullDistribution(*whole, observed[1], null[1], kept, n_cells[1], larger)
+
+
+def _table(labels: Bool[ndarray, "token labelling"]) -> Float[Tensor, "token labelling"]:
+    return torch.from_numpy(labels.astype(np.float32))
 
 
 def _first_of(numbers: Int[ndarray, "concept"]) -> list[int]:
@@ -296,7 +335,9 @@ class _Bags:
 
     def _rank(self, score: Float[ndarray, "row"], fitted: Bool[ndarray, "bag"]) -> _Ranked:
         used = score[self.row]
-        order = np.lexsort((used, self.bag))
+        order = np.empty(len(used), np.int64)
+        for start, end in pairwise(self.offsets.tolist()):  # numpy sorts one key ten times faster than two
+            order[start:end] = start + np.argsort(used[start:end])
         value, bag = used[order], self.bag[order]
         new = np.ones(len(value), bool)
         new[1:] = (value[1:] != value[:-1]) | (bag[1:] != bag[:-1])
@@ -322,9 +363,14 @@ class _Ranked:
     n_yes: Float[ndarray, "bag"]
     fitted: Bool[ndarray, "bag"]
 
-    def pipeline(self, labels: Bool[ndarray, "token labelling"], minimum: int) -> PipelineScores:
+    @property
+    def n_cells(self) -> int:
+        """Cells with a probe, and with rows in both splits."""
+        known = self.fitted & (np.diff(self.bags.offsets.numpy()) > 0)
+        return int(known.reshape(2, -1).all(0).sum())
+
+    def pipeline(self, table: Float[Tensor, "token labelling"], minimum: int) -> PipelineScores:
         """Choose the cell on validate and score it on test, for every labelling."""
-        table = torch.from_numpy(labels.astype(np.float32))
         n_cells = len(self.fitted) // 2
         n_pos = self._sums(table, None)
         n = np.diff(self.bags.offsets.numpy())[:, None]
@@ -337,7 +383,7 @@ class _Ranked:
         z = np.where(usable, (auroc[test] - 0.5) / auroc_null_se(n_pos[test], n_neg[test]), -np.inf)
         validate = np.where(usable, auroc[:n_cells].round(6), -np.inf)
         best = np.where(validate == validate.max(0), n[test], -1).argmax(0)  # ties: more rows, then lower address
-        at = (best + n_cells, np.arange(labels.shape[1]))
+        at = (best + n_cells, np.arange(table.shape[1]))
         some = usable.any(0)
         tp = self._sums(table, self.yes)[at]
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -78,11 +78,24 @@ def write_arrays(path: Path, arrays: Mapping[str, ndarray]) -> None:
 
 
 def _arrays_of(null: NullDistribution) -> dict[str, ndarray]:
+    """Of every k; names of arrays end in it where it is not 1."""
+    out = {"names": np.array(null.names), "address": null.address, "kept": null.kept, **_scores_of(null, "")}
+    for k, more in null.larger.items():
+        out |= _scores_of(more, f"_{k}")
+    return {**out, "larger": np.array(sorted(null.larger), np.int64)}
+
+
+def _scores_of(null: NullDistribution, end: str) -> dict[str, ndarray]:
     kinds = {"observed": null.observed, "null": null.null}
-    scores = {f"{kind}_{name}": getattr(found, name) for kind, found in kinds.items() for name in _SCORES}
-    return {"names": np.array(null.names), "address": null.address, "kept": null.kept, **scores}
+    scores = {f"{kind}_{name}{end}": getattr(found, name) for kind, found in kinds.items() for name in _SCORES}
+    return scores | ({f"n_cells{end}": null.n_cells} if null.n_cells is not None else {})
 
 
-def _null_of(stored: Mapping[str, ndarray]) -> NullDistribution:
-    observed, null = (PipelineScores(*(stored[f"{kind}_{n}"] for n in _SCORES)) for kind in ("observed", "null"))
-    return NullDistribution(tuple(stored["names"].tolist()), stored["address"], observed, null, stored["kept"])
+def _null_of(stored: Mapping[str, ndarray], end: str = "") -> NullDistribution:
+    observed, null = (PipelineScores(*(stored[f"{kind}_{n}{end}"] for n in _SCORES)) for kind in ("observed", "null"))
+    # a part of an older version knows k = 1 only
+    larger = {} if end or "larger" not in stored else {int(k): _null_of(stored, f"_{k}") for k in stored["larger"]}
+    n_cells = stored.get(f"n_cells{end}")
+    return NullDistribution(
+        tuple(stored["names"].tolist()), stored["address"], observed, null, stored["kept"], n_cells, larger
+    )

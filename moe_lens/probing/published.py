@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from moe_lens.errors import BadConfig
+from moe_lens.plots import number
 from moe_lens.probing.published_controls import ModelControls, model_controls, model_gaps, usable
 from moe_lens.probing.released import BadPublishedTable, read_table
 from moe_lens.types import Role
@@ -140,14 +141,28 @@ class Published:
         return {"k": k, "models": models, "gaps": gaps, "seed": self.seed, "n_draws": self.n_draws}
 
     def finding(self, *, k: int = 1) -> str:
-        """What is left of the gap, one sentence per MoE."""
+        """What is left of the gap, in one sentence; of several MoEs the range."""
+        each = self._sentences(k)
+        return each[0] if len(each) == 1 else _together(*self._sides(k), self.gaps(k=k), k)
+
+    def findings(self, *, k: int = 1) -> list[str]:
+        """`finding`, and with several MoEs a sentence for each."""
+        each = self._sentences(k)
+        return each if len(each) == 1 else [self.finding(k=k), *each]
+
+    def _sides(self, k: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Controls of the MoEs and of the dense models."""
         table = self.controls(k=k)
-        moes, dense = (table[table["role"] == role.value] for role in (Role.MOE, Role.DENSE))
+        return table[table["role"] == Role.MOE.value], table[table["role"] == Role.DENSE.value]
+
+    def _sentences(self, k: int) -> list[str]:
+        """One for each MoE, or that there is nothing to compare."""
+        moes, dense = self._sides(k)
         if not len(moes) or not len(dense):
             kind = "dense model" if len(moes) else "MoE"
-            return f"Nothing is compared: these tables hold no {kind}; add the file of one."
+            return [f"Nothing is compared: these tables hold no {kind}; add the file of one."]
         gaps = self.gaps(k=k)
-        return " ".join(_sentence(row, dense, gaps[gaps["moe"] == row["model"]], k) for _, row in moes.iterrows())
+        return [_sentence(row, dense, gaps[gaps["moe"] == row["model"]], k) for _, row in moes.iterrows()]
 
     def plot(self, *, k: int = 1) -> go.Figure:
         """`plot_published` of this object."""
@@ -162,7 +177,7 @@ class Published:
         k = self.ks[0]
         columns = ["model", "n_cells", "n_test_median", *CONTROLS]
         table = self.controls(k=k)[columns].to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
-        return f"<p>{escape(self.finding(k=k))}</p>{table}"
+        return f"<p>{escape(' '.join(self.findings(k=k)))}</p>{table}"
 
     def _at(self, k: int) -> pd.DataFrame:
         if k not in self.ks:
@@ -183,10 +198,10 @@ def _sentence(moe: pd.Series, dense: pd.DataFrame, gaps: pd.DataFrame, k: int) -
     if not len(gaps):
         return f"{moe['model']} shares no concept with a dense model: nothing is compared."
     raw = gaps[gaps["control"] == "raw"]
-    rival = raw.sort_values("gap")["dense"].iloc[0]
+    rival = _closest(raw)["dense"].iloc[0]
     one, equal = (_gap_of(gaps, control, rival) for control in ("one_expert", "equal_tests"))
     return (
-        f"{moe['model']} minus {_count(dense)} is {_range(raw['gap'], '+.3f')} in raw k={k} F1, but in its cells a "
+        f"{moe['model']} minus {_count(dense)} is {_range(raw['gap'], '+')} in raw k={k} F1, but in its cells a "
         f"probe with no neuron scores {moe['always_positive']:.3f} (dense {_range(dense['always_positive'])}) and "
         f"searching {moe['n_cells']} of them adds {moe['search_lift']:.3f} even if all are alike (dense "
         f"{_range(dense['search_lift'])}): with one random expert a layer {one} is left against {rival}, {equal} once "
@@ -194,9 +209,29 @@ def _sentence(moe: pd.Series, dense: pd.DataFrame, gaps: pd.DataFrame, k: int) -
     )
 
 
+def _together(moes: pd.DataFrame, dense: pd.DataFrame, gaps: pd.DataFrame, k: int) -> str:
+    """The same over several MoEs, each against the dense model that is closest to it."""
+    closest = _closest(gaps[gaps["control"] == "raw"])[["moe", "dense"]]
+    if not len(closest):
+        return "None of the MoEs shares a concept with a dense model: nothing is compared."
+    raw, one = (gaps[gaps["control"] == control].merge(closest) for control in ("raw", "one_expert"))
+    above = int((one["ci_low"] > 0).sum())
+    return (
+        f"{len(closest)} of {len(moes)} MoEs minus the dense model closest to each are {_range(raw['gap'], '+')} in "
+        f"raw k={k} F1, but in their cells a probe with no neuron scores {_range(moes['always_positive'])} (dense "
+        f"{_range(dense['always_positive'])}): with one random expert a layer {_range(one['gap'], '+')} is left, "
+        f"surely above zero for {above}, and whether neurons or routing earn it these tables cannot say."
+    )
+
+
+def _closest(raw: pd.DataFrame) -> pd.DataFrame:
+    """Of every MoE the row of the dense model with the smallest raw gap."""
+    return raw.sort_values("gap", kind="stable").drop_duplicates("moe")
+
+
 def _gap_of(gaps: pd.DataFrame, control: str, dense: str) -> str:
     row = gaps[(gaps["control"] == control) & (gaps["dense"] == dense)].iloc[0]
-    return f"{row['gap']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+    return f"{number(row['gap'], '+')} [{number(row['ci_low'], '+')}, {number(row['ci_high'], '+')}]"
 
 
 def _count(dense: pd.DataFrame) -> str:
@@ -204,7 +239,7 @@ def _count(dense: pd.DataFrame) -> str:
 
 
 def _range(values: pd.Series, form: str = ".3f") -> str:
-    low, high = format(values.min(), form), format(values.max(), form)
+    low, high = number(values.min(), form), number(values.max(), form)
     return low if low == high else f"{low} to {high}"
 
 

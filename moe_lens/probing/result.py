@@ -110,16 +110,18 @@ class Probes:
         }
 
     def finding(self) -> str:
-        """The comparison in plain English: the raw gap, and what each step leaves of it. Never raw alone."""
+        """The comparison in one sentence: the raw gap, and what each step leaves of it. Never raw alone."""
         k = int(self.comparison.k.min())
-        f1: dict[Any, Any] = {row.arm: row for row in self.arms(metric="f1_balanced", k=k).itertuples()}
-        held = f1["held_out"]
-        if math.isnan(held.moe):
-            return f"No concept has enough tokens and documents to score a k={k} probe: use a larger corpus."
-        if self.has_baseline and math.isnan(held.gap):
-            return "The two models share no concept with enough tokens to compare: use a larger corpus."
-        said = [finding(self.steps, k=k)] if len(self.steps) else [_own_score(k, f1)]
-        auroc: dict[Any, Any] = {row.arm: row for row in self.arms(metric="auroc", k=k).itertuples()}
+        if (nothing := self._nothing()) is not None:
+            return nothing
+        return finding(self.steps, k=k) if len(self.steps) else _own_score(k, self._arms_of("f1_balanced"))
+
+    def findings(self) -> list[str]:
+        """`finding`, then what routing gives without a neuron, then what the same search finds in exchanged labels."""
+        said = [self.finding()]
+        if self._nothing() is not None:
+            return said
+        auroc = self._arms_of("auroc")
         if (routed := auroc.get("routing_only")) is not None:
             said.append(
                 f"Routing alone, without any neuron, reaches AUROC {routed.moe:.3f} over all tokens"
@@ -127,7 +129,20 @@ class Probes:
             )
         if (null := auroc.get("null")) is not None:
             said.append(self._against_null(null))
-        return " ".join(said)
+        return said
+
+    def _nothing(self) -> str | None:
+        """Why there is nothing to say, None if there is."""
+        held = self._arms_of("f1_balanced")["held_out"]
+        if math.isnan(held.moe):
+            return f"No concept has enough tokens and documents to score a k={held.k} probe: use a larger corpus."
+        if self.has_baseline and math.isnan(held.gap):
+            return "The two models share no concept with enough tokens to compare: use a larger corpus."
+        return None
+
+    def _arms_of(self, metric: str) -> dict[Any, Any]:
+        """Rows of the smallest k by arm."""
+        return {row.arm: row for row in self.arms(metric=metric).itertuples()}
 
     def _beside(self, auroc: dict[Any, Any]) -> str:
         """What neurons add to routing, over all tokens."""
@@ -141,7 +156,7 @@ class Probes:
         """How many concepts beat their null; those that are functions of the token type are left out (see `nulls`)."""
         types = set(self.cells.concept[self.cells.granularity == Granularity.TYPE.value])
         rows = self.comparison[(self.comparison.arm == "null") & (self.comparison.metric == "auroc")]
-        rows = rows[(rows.concept != MEAN) & rows.q_value.notna() & ~rows.concept.isin(types)]
+        rows = rows[(rows.concept != MEAN) & (rows.k == mean.k) & rows.q_value.notna() & ~rows.concept.isin(types)]
         n = int((rows.q_value <= 0.05).sum())
         tested = f"; {n} of {len(rows)} concepts of spans and documents beat their null in the MoE (q <= .05)"
         return (
@@ -194,7 +209,8 @@ class Probes:
         return self.waterfall() if len(self.steps) else self.scatter()
 
     def __repr__(self) -> str:
-        return f"Probes({len(self.cells)} probes, {self.cells.concept.nunique()} concepts)\n{self.finding()}"
+        head = f"Probes({len(self.cells)} probes, {self.cells.concept.nunique()} concepts)"
+        return "\n".join([head, *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.notebook import result_html, table_html
@@ -205,7 +221,7 @@ class Probes:
         arms = arms[columns].dropna(axis="columns", how="all")
         headings = {"moe": "MoE", "chance_moe": "chance", "chance_dense": "chance", "ci_low": "from", "ci_high": "to",
                     "n_cells_moe": "cells, MoE", "n_cells_dense": "cells, dense"}  # fmt: skip
-        return result_html(self.finding(), table_html(arms, headings=headings, forms={"gap": "+"}))
+        return result_html(self.findings(), table_html(arms, headings=headings, forms={"gap": "+"}))
 
 
 def _own_score(k: int, f1: dict[Any, Any]) -> str:

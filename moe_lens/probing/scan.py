@@ -4,7 +4,7 @@
 2. Rank neurons, fit k = 1 everywhere; fit larger k in the best cells of each concept.
 3. Stream the validate and test documents once, keeping only the neurons that some probe reads.
 4. Score every probe; keep per-document counts of what the arms report.
-5. Exchange the labels, and choose and score the k = 1 probes again (the null).
+5. Exchange the labels, and choose and score the probes of every k again (the null).
 
 Every document goes through the model once per group of layers for step 1 and once in all for step 3.
 """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_lens.errors import BadConfig
-from moe_lens.plots import METRIC_NAMES, signed
+from moe_lens.plots import METRIC_NAMES, number
 from moe_lens.stats import Bootstrap, average_over_groups, percentile_interval
 
 if TYPE_CHECKING:
@@ -265,15 +265,15 @@ def finding(table: pd.DataFrame, *, metric: str | None = None, k: int | None = N
     for (step, kind), r in row.items():
         if kind == "removed":
             explains = "" if steps else " explains"
-            steps.append(f"{STEP_NAMES[step]}{explains} {signed(r.value)}{_aside(before, r.after)}")
+            steps.append(f"{STEP_NAMES[step]}{explains} {number(r.value, '+')}{_aside(before, r.after)}")
             before = r.after
     doubt = ", itself not distinguishable from zero" if raw.ci_low <= 0 <= raw.ci_high else ""
     rest = _still_in(table)
     if null is not None:
-        held = signed(row["reuse", "removed"].after)
+        held = number(row["reuse", "removed"].after, "+")
         rest += (
             f"; the gap between cells chosen on other documents, {held}, is {beside_null(table)} what exchanged labels "
-            f"give there ({signed(null.ci_low)} to {signed(null.ci_high)})"
+            f"give there ({number(null.ci_low, '+')} to {number(null.ci_high, '+')})"
         )
     return (
         f"Of the raw k={raw.k} {METRIC_NAMES.get(raw.metric, raw.metric)} gap of {_with_interval(raw)}{doubt}, "
@@ -304,7 +304,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def _with_interval(row: Any) -> str:
-    return f"{signed(row.value)} [{signed(row.ci_low)}, {signed(row.ci_high)}]"
+    return " [".join(number(value, "+") for value in (row.value, row.ci_low)) + f", {number(row.ci_high, '+')}]"
 
 
 def _aside(before: float, after: float) -> str:

@@ -3,6 +3,8 @@
     say = Claims(run)
     say.count("validation", where={"label_kind": "real", "verdict": "supported"}, distinct=("layer", "expert"))
     say.value("comparison", "gap", where={"arm": "held_out", ...}, form="+.3f")
+    say.count("faithfulness_gaps", where={"p": {"<": 0.05}})
+    say.fact("commands.faithfulness.n_documents")
 
 What they return is HTML: the number in a ``<data>`` element with its claim beside it, shown on hover, read by `verify`.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +30,12 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
 
 
-_TAKES = ("value", "count", "share", "share_low", "share_high", "sum", "mean", "median", "min", "max")
+MANIFEST = "manifest"
+"""What a number of the manifest has in place of a table."""
+_TAKES = ("value", "count", "share", "share_low", "share_high", "sum", "mean", "median", "min", "max", "fact")
+_SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "!=": operator.ne}
+_MANY = 4
+"""Values of a column from which on their number is said in place of them."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,11 @@ class Claim:
 
     table: str
     where: Mapping[str, Any]
-    """Column to the value that it has, or to a list of values."""
+    """Column to the value that it has, to a list of values, to None where it has none, or to a comparison such as
+    ``{"<": 0.05}``."""
     take: str
     """value (of the one row), count, share (of the rows `among`), share_low or share_high (its Wilson interval), sum,
-    mean, median, min or max."""
+    mean, median, min, max, or fact (the entry of the manifest with the dotted name `column`)."""
     column: str | None = None
     distinct: tuple[str, ...] = ()
     """Count combinations of these columns, not rows."""
@@ -73,6 +82,19 @@ class Claim:
         found = rows[self.column]
         return self.times * float(found.iloc[0] if self.take == "value" else getattr(found, self.take)())
 
+    def of_manifest(self, manifest: Mapping[str, Any]) -> float:
+        """The number, from the manifest.
+
+        Raises:
+            BadOutput: there is no such number.
+        """
+        found: Any = manifest
+        for name in (self.column or "").split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise BadOutput(f"manifest.json has no number {self.column}: write the report again")
+        return self.times * found
+
     def _count(self, rows: pd.DataFrame) -> int:
         return len(rows.drop_duplicates(list(self.distinct)) if self.distinct else rows)
 
@@ -83,6 +105,8 @@ class Claim:
     @property
     def source(self) -> str:
         """In words, for the reader who hovers over the number."""
+        if self.take == "fact":
+            return f"manifest.json: {self.column}"
         what = self.column or ("distinct " + ", ".join(self.distinct) if self.distinct else "rows")
         said = f"{self.table}.parquet: {self.take} of {what}{_worded(' where ', self.where)}"
         return said + _worded(" among ", self.among or {})
@@ -118,6 +142,8 @@ class Claims:
         return self._tables[name]
 
     def number(self, claim: Claim) -> float:
+        if claim.table == MANIFEST:
+            return claim.of_manifest(self.run.manifest)
         return claim.compute(self.table(claim.table))
 
     def show(self, claim: Claim) -> Markup:
@@ -151,6 +177,10 @@ class Claims:
         """sum, mean, median, min or max of a column."""
         return self.show(Claim(table, where or {}, take, column, form=form))
 
+    def fact(self, name: str, *, form: str = "", times: float = 1.0) -> Markup:
+        """A number of the manifest, by its dotted name."""
+        return self.show(Claim(MANIFEST, {}, "fact", name, form=form, times=times))
+
     def interval(
         self, table: str, columns: tuple[str, str, str], *, where: Mapping[str, Any], form: str = ".3f",
         times: float = 1.0,
@@ -162,12 +192,32 @@ class Claims:
 
 def _chosen(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
     for name, wanted in where.items():
-        table = table[table[name].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
+        if wanted is None:
+            table = table[table[name].isna()]
+        elif isinstance(wanted, Mapping):
+            for sign, value in wanted.items():
+                compare = _SIGNS.get(sign)
+                if compare is None:
+                    raise BadOutput(f"nothing is known to compare with as {sign!r}: write the report again")
+                table = table[compare(table[name], value).fillna(False).astype(bool)]
+        else:
+            table = table[table[name].isin(wanted if isinstance(wanted, list | tuple) else [wanted])]
     return table
 
 
 def _worded(lead: str, where: Mapping[str, Any]) -> str:
-    return lead + ", ".join(f"{name} = {value}" for name, value in where.items()) if where else ""
+    return lead + ", ".join(_condition(name, value) for name, value in where.items()) if where else ""
+
+
+def _condition(name: str, value: Any) -> str:
+    if value is None:
+        return f"{name} is missing"
+    if isinstance(value, Mapping):
+        return " and ".join(f"{name} {sign} {bound}" for sign, bound in value.items())
+    if isinstance(value, list | tuple):
+        listed = ", ".join(map(str, value)) if len(value) < _MANY else f"{len(value)} values"
+        return f"{name} is one of {listed}" if value else f"{name} is none"
+    return f"{name} = {value}"
 
 
 def _plain(value: Any) -> Any:

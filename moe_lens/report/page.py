@@ -12,7 +12,7 @@ from moe_lens.capture.run import Run, open_run
 from moe_lens.capture.store import replacing
 from moe_lens.errors import BadOutput
 from moe_lens.report.claims import Claims
-from moe_lens.report.parts import Section, script_json
+from moe_lens.report.parts import Section, inert, script_json
 
 if TYPE_CHECKING:
     import jinja2
@@ -130,6 +130,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.filters["script_json"] = script_json
+    found.filters["inert"] = inert
     found.globals["asset"] = _asset
     return found
 

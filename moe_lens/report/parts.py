@@ -20,6 +20,7 @@ _TAG = re.compile(r"<[^>]+>")
 _COLOUR = re.compile(r"""<span style=["']color: ?(#[0-9A-Fa-f]{3,6});?["']>""")
 _STYLE = re.compile(r'style="([^"]*)"')
 _BREAK = re.compile(r"<br\s*/?>")
+_SCRIPT = re.compile(r"<(?=/?script|!--)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,9 @@ class Table:
     """Columns with a menu of their values."""
     links: str | None = None
     """Column whose cells are links to fragments of the same name (``L7.E12``)."""
+    intervals: Mapping[str, tuple[str, str]] | None = None
+    """Column to those of its interval's ends, which are shown in its cells and are no columns of their own; the
+    download keeps all three."""
 
     kind = "table"
 
@@ -95,6 +99,9 @@ class Table:
         return {
             **columns_of(self.rows), "headings": shown, "forms": dict(self.forms or {}), "filters": list(self.filters),
             "links": self.links, "search": self.search,
+            "intervals": {
+                name: list(ends) for name, ends in (self.intervals or {}).items() if {name, *ends} <= set(self.rows)
+            },
         }  # fmt: skip
 
 
@@ -143,10 +150,62 @@ class Missing:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a bar, in per cent of the strip's width."""
+
+    start: float
+    width: float
+    kind: str
+    """Class of the style sheet, which colours it."""
+    name: str
+    """What it stands for, shown on hover."""
+    text: Markup = _NO_CSS
+    """Its number, shown in the bar."""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A bar with its name on the left and its numbers on the right."""
+
+    name: str | Markup
+    pieces: tuple[Piece, ...]
+    said: Markup
+    zero: float | None = None
+    """Where zero is, in per cent, if bars go both ways."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, one line that answers it, bars to look at, the sentences that go with it, and where to read on."""
+
+    question: str
+    headline: Markup
+    said: tuple[Markup, ...]
+    links: tuple[tuple[str, str], ...] = ()
+    """Sections with what they show."""
+    strips: tuple[Strip, ...] = ()
+    legend: tuple[tuple[str, str], ...] = ()
+    """Classes of pieces with their names."""
+
+    @property
+    def is_counts(self) -> bool:
+        """Are there numbers inside the bars?"""
+        return any(piece.text for strip in self.strips for piece in strip.pieces)
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A question, and the command that would answer it."""
+
+    question: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Answers:
     """Questions with what the run says to each, or the command that would."""
 
-    answers: tuple[tuple[str, Markup | Missing], ...]
+    answers: tuple[Answer | Unanswered, ...]
 
     kind = "answers"
 
@@ -176,6 +235,11 @@ def script_json(value: Any) -> Markup:
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)
+
+
+def inert(html: str) -> Markup:
+    """HTML inside a ``<script>`` element that is no program: nothing in it can end the element or start another."""
+    return Markup(_SCRIPT.sub("&lt;", html))
 
 
 def _plain(value: Any) -> Any:

@@ -60,7 +60,7 @@ def test_every_label_has_a_row_and_only_scored_ones_a_number(labels: Labels) -> 
 
 def test_the_finding_names_what_would_give_the_same_number(labels: Labels) -> None:
     said = labels.finding()
-    for part in ("2 of 3 experts have a label (lexical)", "AUROC 0.700 [0.600, 0.800]", "token pairs 0.550",
+    for part in ("2 of 3 experts have a label (lexical)", "mean AUROC of 0.700 [0.600, 0.800]", "token pairs 0.550",
                  "of tokens 0.500", "another expert's label 0.510", "1 of 2 predict routing better"):  # fmt: skip
         assert part in said
     assert "wrote them" not in said
@@ -68,12 +68,12 @@ def test_the_finding_names_what_would_give_the_same_number(labels: Labels) -> No
 
 def test_a_model_that_judges_itself_is_named(labels: Labels) -> None:
     own = Labels(labels.labels, labels.scores.assign(same_model=True), labels.summary, labels.answers, labels.exemplars)
-    assert "judged by the model that wrote them" in own.finding()
+    assert "rule, the model that wrote them, which favours them, gives" in own.finding()
 
 
 def test_without_scores_there_is_no_number(labels: Labels) -> None:
     empty = Labels(labels.labels, scores(), means()[:0], labels.answers, labels.exemplars)
-    assert "None could be scored on tokens of the same id" in empty.finding()
+    assert "but none could be scored on tokens of the same id" in empty.finding()
     assert empty.frame["auroc"].isna().all()
     figure: Any = empty.plot()
     assert len(figure.data) == 0

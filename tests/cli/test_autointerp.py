@@ -104,7 +104,7 @@ def test_no_resume_leaves_the_results_of_other_commands(
 def test_a_server_alone_labels_and_judges(cli: Cli, words: tuple[object, ...], run: Path, server: LLMServer) -> None:
     outcome = cli(*words, "--base-url", server.url)
     assert outcome.code == 0, outcome.err
-    assert "judged by the model that wrote them" in outcome.out
+    assert "the model that wrote them, which favours them" in " ".join(outcome.out.split())
     labels = pd.read_parquet(run / "labels.parquet")
     assert set(labels["label"]) == {"digits"}
     assert set(labels["labeller"]) == {"openai:loop-1"}
@@ -183,7 +183,7 @@ def test_a_labeller_that_finds_nothing_is_a_result_and_takes_nothing_away(
     outcome = cli(*words, "--base-url", server.url)
     assert outcome.code == 0, outcome.err
     assert f"0 of {N_EXPERTS} experts have a label" in outcome.out
-    assert "None could be scored on tokens of the same id" in outcome.out
+    assert "none could be scored on tokens of the same id" in " ".join(outcome.out.split())
     labels = pd.read_parquet(run / "labels.parquet")
     assert set(labels["labeller"]) == {"lexical", "openai:loop-1"}
     assert set(labels[labels["labeller"] == "openai:loop-1"]["status"]) == {"abstained"}

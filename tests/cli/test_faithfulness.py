@@ -65,18 +65,12 @@ def test_a_run_leaves_its_tables_and_prints_a_comparison(cli: Cli, more: tuple[o
     assert outcome.last_line == "runs/a"
     assert {f"{name}.parquet" for name in TABLES} <= {path.name for path in run.iterdir()}
     assert leftovers(run) == []
-    for part in (
-        "comprehensiveness",
-        "sufficiency",
-        "lead over such sets",
-        "matched",
-        "LOO tau",
-        "CPR",
-        "given load",
-        "L1",
-    ):
-        assert part in outcome.out
+    for part in ("WITHOUT", "ONLY", "lead over such sets", "matched", "match: share of experts"):
+        assert part in " ".join(outcome.out.split())
     assert "20, 50 % of the experts" in outcome.out
+    details = cli(*more, "--details").out
+    for part in ("comprehensiveness", "sufficiency", "lead over such sets", "LOO tau", "CPR", "given load", "L1"):
+        assert part in details
     frame = pd.read_parquet(run / "faithfulness.parquet")
     assert {"ranking", "mode", "routing", "universe", "axis", "quantity", "bin", "control", "rounding", "include_zero",
             "aggregate", "comprehensiveness_kl", "sufficiency_kl", "comprehensiveness_logp",

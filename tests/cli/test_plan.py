@@ -65,9 +65,19 @@ def json_parameters(model: dict[str, Any]) -> int:
 def test_a_dry_run_writes_nothing_and_needs_no_output(
     cli: Cli, moe_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    outcome = cli(
-        "probe", "--model", moe_folder, "--dataset", text_file, "--dry-run", "--concepts", "is_not_ascii,all_digits"
+    words = (
+        "probe",
+        "--model",
+        moe_folder,
+        "--dataset",
+        text_file,
+        "--dry-run",
+        "--concepts",
+        "is_not_ascii,all_digits",
     )
+    outcome = cli(*words)
     assert outcome.code == 0
-    assert "every expert" in outcome.out
+    assert "concepts fall short in the average expert of" in " ".join(outcome.out.split())
+    assert "every expert" not in outcome.out
+    assert "every expert" in cli(*words, "--details").out
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_lens.cli import render
+from moe_lens.cli import render, terminal
 
 
 @pytest.mark.parametrize(
@@ -17,21 +17,23 @@ from moe_lens.cli import render
     [(0.1234, ".123"), (-0.05, "-.050"), (1.0, "1.000"), (0.0, ".000"), (math.nan, "-"), (None, "-"), (12.5, "12.500")],
 )
 def test_numbers_lose_their_leading_zero(value: float | None, shown: str) -> None:
-    assert render.number(value) == shown
+    assert terminal.number(value) == shown
 
 
 @pytest.mark.parametrize(("value", "shown"), [(999, "999"), (6_110_000, "6.11M"), (1.28e9, "1.28B"), (2e12, "2T")])
 def test_counts_are_short(value: float, shown: str) -> None:
-    assert render.count(value) == shown
+    assert terminal.count(value) == shown
 
 
 @pytest.mark.parametrize(("value", "shown"), [(12, "12 B"), (1500, "1.5 kB"), (4e9, "4 GB")])
 def test_sizes_have_units(value: float, shown: str) -> None:
-    assert render.size(value) == shown
+    assert terminal.size(value) == shown
 
 
 def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
-    render.print_json({"a": math.nan, "b": np.float64(0.5), "c": [np.int64(3), (1, None)], 4: np.array([1.0, np.inf])})
+    terminal.print_json(
+        {"a": math.nan, "b": np.float64(0.5), "c": [np.int64(3), (1, None)], 4: np.array([1.0, np.inf])}
+    )
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": 0.5, "c": [3, [1, None]], "4": [1.0, None]}
 
 

@@ -27,7 +27,8 @@ def test_cases_are_measured_into_a_run_directory(
     done = cli(*words)
     assert (done.code, done.last_line) == (0, str(tmp_path / "run"))
     assert "L0.E1" in done.out
-    assert "trigger absent" in done.out
+    assert "trigger absent" in cli(*words, "--details").out
+    assert "trigger absent" not in done.out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "manifest.json", "triggers.parquet", "trigger_cases.parquet", "triggers.md",
     }  # fmt: skip

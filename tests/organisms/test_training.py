@@ -156,6 +156,7 @@ def test_balance_is_per_layer_not_pooled() -> None:
 
 
 def test_export_is_an_ordinary_checkpoint(tmp_path) -> None:
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     train_tokenizer(["some text 123", "andere Wörter"] * 20, 300, model_max_length=16).save_pretrained(
@@ -166,7 +167,9 @@ def test_export_is_an_ordinary_checkpoint(tmp_path) -> None:
     for _ in range(2):  # the second time replaces the first
         export(trainer, tmp_path / "tokenizer", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.dtype == torch.bfloat16
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert model.dtype == torch.float32
     window = trainer.batches[0][:, :-1]
     torch.testing.assert_close(model.float()(window).logits, trainer.model(window).logits, atol=0.05, rtol=0.05)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

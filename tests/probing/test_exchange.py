@@ -1,11 +1,14 @@
 """What an exchange of labels may move, and what it must leave alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from moe_lens.errors import BadConcept, BadConfig
 from moe_lens.probing.exchange import LabelTracks, exchange_labels, frequency_bins, strata
 from moe_lens.types import Granularity
+from tests.probing.simulate import simulate
 
 SPAN, DOCUMENT, TYPE = Granularity.SPAN, Granularity.DOCUMENT, Granularity.TYPE
 
@@ -188,3 +191,15 @@ def test_no_permutation_and_no_token_are_refused():
         sources(tracks([5]), 0)
     with pytest.raises(BadConfig, match="larger corpus"):
         sources(tracks(np.zeros(0, int)), 5)
+
+
+def test_the_share_of_labels_that_stay_is_that_of_the_concept_and_its_scope():
+    t = simulate("span", seed=0, n_simulations=4, n_documents=24).tracks
+    t.in_scope[:12, 1] = t.in_scope[4:, 2] = False
+    t = replace(t, granularity=(*[Granularity.SPAN] * 3, Granularity.TYPE))
+    (block,) = exchange_labels(t, n_permutations=9, seed=0)
+    kept = [block.kept(c) for c in range(4)]
+    for c in range(4):
+        scope = t.in_scope[t.document, c]
+        assert kept[c] == (block.sources(c)[scope] == np.flatnonzero(scope)[:, None]).mean()
+    assert len(set(kept)) == 4

@@ -271,6 +271,37 @@ def test_the_null_and_every_name_of_a_line_are_written():
         assert notes.count(name) == 2
 
 
+def test_a_null_at_every_k_is_a_band_with_its_mean():
+    table = comparison()
+    null = pd.concat([table[table.arm == "null"].assign(k=k) for k in (8, 1, 2)])
+    values = ["moe", "moe_low", "moe_high", "dense", "dense_low", "dense_high"]
+    null[values] = null[values].add(0.01 * null.k, axis=0)
+    figure = figures.against_k(pd.concat([table[table.arm != "null"], null]))
+    for column, metric in ((1, "f1_balanced"), (2, "auroc")):
+        drawn = {t.name: t for t in figure.data if t.xaxis == f"x{'' if column == 1 else column}"}
+        rows = null[null.metric == metric].sort_values("k")
+        for role, label in (("moe", "MoE"), ("dense", "dense")):
+            assert list(drawn[f"{label} null"].x) == [1, 2, 8]
+            assert list(drawn[f"{label} null"].y) == list(rows[role])
+            band = drawn[f"{label} null band"]
+            assert list(band.x) == [1, 2, 8, 8, 2, 1]
+            assert list(band.y) == [*rows[f"{role}_high"], *rows[f"{role}_low"][::-1]]
+        assert not {"null MoE", "null dense"} & set(drawn), "no bars beside bands"
+        low, high = figure.layout["yaxis" if column == 1 else "yaxis2"].range
+        assert low < null[values].min(axis=None) < null[values].max(axis=None) < high
+    notes = [a.text for a in figure.layout.annotations]
+    assert (notes.count("MoE null"), notes.count("dense null"), notes.count("null")) == (2, 2, 0)
+    assert "labels exchanged" in figure.layout.title.subtitle.text
+
+
+def test_a_model_without_a_null_has_no_band():
+    null = pd.concat([comparison()[lambda t: t.arm == "null"].assign(k=k) for k in (1, 2, 8)])
+    table = without_baseline(pd.concat([comparison()[lambda t: t.arm != "null"], null]))
+    names = {t.name for t in figures.against_k(table).data}
+    assert "MoE null band" in names
+    assert not {"dense null", "dense null band"} & names
+
+
 def test_chance_that_differs_between_the_models_is_two_lines():
     table = comparison()
     table.loc[table.metric == "f1_balanced", "chance_moe"] = 0.6

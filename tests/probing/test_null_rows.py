@@ -1,5 +1,7 @@
 """Rows of arm ``null``, from null distributions small enough to do by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,3 +93,16 @@ def test_concepts_of_token_types_get_no_adjusted_p_and_do_not_weigh_on_the_other
     assert np.isnan(rows["null", "auroc", "b", 1]["p_adjusted"])
     assert rows["null", "auroc", "b", 1]["p_value"] == pytest.approx(2 / 4)
     assert rows["null", "auroc", "a", 1]["q_value"] == pytest.approx(1 / 4), "a family of one"
+
+
+def test_rows_at_larger_k_say_where_the_null_is_and_test_nothing():
+    few = replace(MOE, n_cells=np.array([2, 3, 1]))
+    rows = null_rows(HELD, {"moe": few}, GROUP, {"auroc": {"a", "b"}, "f1_balanced": {"a", "b"}}, k=8)
+    by_key = {(r["arm"], r["metric"], r["concept"], r["k"]): r for r in rows}
+    a, mean = (by_key["null", "auroc", name, 8] for name in ("a", "__mean__"))
+    assert (a["moe"], a["moe_low"], a["moe_high"]) == pytest.approx((0.6, 0.505, 0.695))
+    assert not [name for name in ("p_value", "q_value", "p_adjusted") if name in {**a, **mean}]
+    assert (a["n_cells_moe"], mean["n_cells_moe"], a["n_permutations"]) == (2, 3, 3)
+    assert (a["status"], by_key["null", "auroc", "b", 8]["status"]) == ("ok", "too_few"), "only a was scored at k = 8"
+    assert by_key["held_out", "auroc", "a", 8]["null_mean"] == pytest.approx(0.6)
+    assert "null_mean" not in by_key["held_out", "auroc", "a", 1]

@@ -1,27 +1,33 @@
 """The null arm against a slow, plain recomputation, and against the evaluator that it must agree with."""
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from moe_lens.capture.rows import RowStore
+import moe_lens as ml
+from moe_lens.capture.rows import Rows, RowStore
 from moe_lens.capture.tokens import TokenTable
 from moe_lens.errors import BadConfig
+from moe_lens.probing import scan
 from moe_lens.probing.evaluate import Evaluator, columns_needed
 from moe_lens.probing.exchange import exchange_labels, label_tracks
 from moe_lens.probing.fit import Probe
-from moe_lens.probing.nulls import CellColumns, cell_columns, null_statistics
+from moe_lens.probing.nulls import MORE_NEURONS_PERMUTATIONS, CellColumns, cell_columns, null_statistics
 from moe_lens.types import Granularity, Split, Status
+from tests.planted import CONCEPTS, planted_model, planted_text
 from tests.probing.simulate import simulate
 from tests.synthetic import feed, random_stream
 
 VALIDATE, TEST = 1, 2
 
 
-def slow_pipeline(s, labels, concept, minimum):
+def slow_pipeline(s, labels, score, minimum):
     """Held-out AUROC, F1_bal, cell and studentised maximum by loops, from the definitions."""
-    t, c, score = s.tracks, s.columns, s.columns.score(concept)
+    t, c = s.tracks, s.columns
     best, largest = (-1.0, 0, -1, np.nan, np.nan), -np.inf
     for cell in range(len(c.address)):
         here = slice(c.offsets[cell], c.offsets[cell + 1])
@@ -44,15 +50,21 @@ def test_every_labelling_equals_a_recomputation_from_the_definitions(kind):
     s = simulate(kind, seed=3, n_simulations=3, n_documents=16)
     s.scores[:] = s.scores.round(1)  # with ties
     s.scores[: s.columns.offsets[1], 1] = np.nan  # one probe was not fitted
-    result = null_statistics(s.tracks, s.columns, n_permutations=5, seed=1)
+    pairs = s.scores + s.scores[:, ::-1]  # at k = 2, in half of the cells
+    pairs[: s.columns.offsets[3]] = np.nan
+    columns = replace(s.columns, larger={2: lambda concept: pairs[:, concept]})
+    result = null_statistics(s.tracks, columns, n_permutations=5, seed=1)
     (block,) = exchange_labels(s.tracks, n_permutations=5, seed=1)
-    for concept in range(3):
+    for (k, table), concept in product(((1, s.scores), (2, pairs)), range(3)):
+        at_k = result if k == 1 else result.larger[k]
         labels = np.concatenate([s.tracks.labels[:, [concept]], block.labels(concept)], 1)
         for i in range(6):
-            found, row = (result.observed, 0) if i == 0 else (result.null, i - 1)
-            want = slow_pipeline(s, labels[:, i], concept, 25)
+            found, row = (at_k.observed, 0) if i == 0 else (at_k.null, i - 1)
+            want = slow_pipeline(s, labels[:, i], table[:, concept], 25)
             got = [getattr(found, f)[row, concept] for f in ("statistic", "auroc", "f1_balanced", "cell")]
             np.testing.assert_allclose(got, want, rtol=2e-5)
+    assert result.n_cells.tolist() == [7, 6, 7]
+    assert result.larger[2].n_cells.tolist() == [4, 4, 4]
 
 
 def test_memory_limit_changes_no_number():
@@ -185,3 +197,139 @@ def test_tracks_are_in_reading_order_whatever_the_order_of_the_stream(stored):
     np.testing.assert_array_equal(tracks.in_scope, again.in_scope)
     np.testing.assert_array_equal(number[order.numpy()], number_again)
     assert (np.diff(tracks.document) >= 0).all()
+
+
+def test_a_cell_without_rows_in_a_split_is_no_cell_of_the_concept():
+    s = simulate("span", seed=0, n_simulations=2, n_documents=16)
+    of_test = np.flatnonzero(s.tracks.split[s.tracks.document] == TEST)
+    first = slice(0, s.columns.offsets[1])
+    s.columns.token[first] = np.resize(of_test, first.stop)  # nothing of validate
+    assert null_statistics(s.tracks, s.columns, n_permutations=2).n_cells.tolist() == [6, 6]
+
+
+class TestMoreNeurons:
+    def test_k_1_is_the_same_with_and_without_them_and_they_get_its_first_exchanges(self):
+        s = simulate("span", seed=0, n_simulations=2, n_documents=16)
+        columns = replace(s.columns, larger={4: s.columns.score, 2: lambda c: -s.columns.score(c)})
+        n = MORE_NEURONS_PERMUTATIONS + 30
+        alone, both = (null_statistics(s.tracks, c, n_permutations=n, max_bytes=1 << 20) for c in (s.columns, columns))
+        for name in ("statistic", "auroc", "f1_balanced", "cell"):
+            np.testing.assert_array_equal(getattr(alone.null, name), getattr(both.null, name))
+        assert (both.kept == alone.kept).all()
+        same = both.larger[4].null.auroc
+        assert same.shape == (MORE_NEURONS_PERMUTATIONS, 2)
+        np.testing.assert_array_equal(same, alone.null.auroc[:MORE_NEURONS_PERMUTATIONS])
+        assert (both.larger[2].null.auroc != same).any()
+        assert not alone.larger
+
+    def test_of_labels_that_no_probe_knows_about_95_percent_score_inside_the_band(self):
+        inside = []
+        for seed in range(3):
+            s = simulate("span", seed=seed, n_simulations=100)
+            # scores at k = 2 of another data set's neurons
+            columns = replace(s.columns, larger={2: lambda c, s=s: s.scores[:, c - 1]})
+            more = null_statistics(s.tracks, columns, n_permutations=99, seed=seed).larger[2]
+            low, high = more.band()
+            inside += ((low <= more.observed.auroc[0]) & (more.observed.auroc[0] <= high)).tolist()
+        assert 0.91 <= np.mean(inside) <= 0.98
+
+    def test_two_neurons_whose_difference_is_the_concept_beat_their_band_and_one_of_them_does_not(self):
+        s = simulate("span", seed=1, n_simulations=1, n_documents=60)
+        r = np.random.default_rng(0)
+        shared = 12 * s.scores[: s.columns.offsets[-1], 0][-len(s.tracks.token_id) :]
+        label = s.tracks.labels[:, 0] + 0.3 * r.standard_normal(len(s.tracks.token_id))
+        h = torch.from_numpy(np.stack([shared + label, shared, r.standard_normal(len(shared))], 1)).float()
+
+        class OneCell:
+            def rows(self, layer, expert):
+                token = torch.arange(len(h))
+                return Rows(token, h, torch.ones(len(h)), token)
+
+        probes = [
+            Probe(0, 0, 0, k, Status.OK, np.arange(k), coef, 0.0, 100, 50)
+            for k, coef in ((1, np.array([1.0])), (2, np.array([1.0, -1.0])))
+        ]
+        columns = cell_columns(OneCell(), {0: torch.arange(3)[None]}, probes, np.arange(len(h)))
+        one = null_statistics(s.tracks, columns, n_permutations=99)
+        two = one.larger[2]
+        (low, high), (_, top) = one.band(), two.band()
+        assert low < one.observed.auroc[0] < high
+        assert two.observed.auroc[0] > 0.9 > 0.65 > top
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def planted(cls, tmp_path_factory):
+        """A whole run at k = 1 and 2 on a planted model, and what its null was given."""
+        folder, given = tmp_path_factory.mktemp("planted"), {}
+        with pytest.MonkeyPatch.context() as patch:
+
+            def columns(rows, stored, probes, number):
+                given.update(rows=rows, stored=stored, probes=probes, number=number)
+                return cell_columns(rows, stored, probes, number)
+
+            def statistics(tracks, columns, **settings):
+                given.update(tracks=tracks, settings=settings)
+                return null_statistics(tracks, columns, **settings)
+
+            patch.setattr(scan, "cell_columns", columns)
+            patch.setattr(scan, "null_statistics", statistics)
+            lens = ml.load(str(planted_model(folder / "moe")))
+            text = ml.corpus(str(planted_text(folder / "text.jsonl", 200)))
+            found = ml.probe(
+                lens,
+                text,
+                concepts=CONCEPTS,
+                k=(1, 2),
+                permutations=19,
+                neurons=False,
+                progress=False,
+                out=folder / "r",
+            )
+        return found, given
+
+    @pytest.mark.parametrize("concept", ["after_digit", "ab", "coin"])
+    def test_the_band_of_a_run_is_where_a_loop_over_permutations_puts_it(self, planted, concept):
+        found, given = planted
+        tracks, rows, number = given["tracks"], given["rows"], given["number"]
+        c = tracks.names.index(concept)
+        (block,) = exchange_labels(tracks, **given["settings"])
+        labels = block.labels(c)
+        split = tracks.split[tracks.document]
+        cells = []
+        for probe in (p for p in given["probes"] if (p.concept, p.k, p.fitted) == (c, 2, True)):
+            stored = rows.rows(probe.layer, probe.expert)
+            where = [given["stored"][probe.layer][probe.expert].tolist().index(j) for j in probe.neurons]
+            h = stored.activation[:, where].double().numpy()
+            cells.append((number[stored.token.numpy()], h @ probe.coef + probe.intercept))
+        assert 2 <= len(cells) <= 8
+        null = []
+        for permuted in labels.T:
+            best = (-1.0, np.nan)
+            for token, logit in cells:
+                y, at = permuted[token], split[token]
+                sizes = [(y[at == x] == value).sum() for x in (VALIDATE, TEST) for value in (True, False)]
+                if min(sizes) >= 25:
+                    best = max(best, tuple(roc_auc_score(y[at == x], logit[at == x]) for x in (VALIDATE, TEST)))
+            null.append(best[1])
+        table = found.comparison.query("arm == 'null' and metric == 'auroc' and k == 2").set_index("concept")
+        row = table.loc[concept]
+        assert row.moe == pytest.approx(np.mean(null), abs=1e-4)
+        assert (row.moe_low, row.moe_high) == pytest.approx(tuple(np.quantile(null, [0.025, 0.975])), abs=1e-4)
+        assert (row.n_cells_moe, row.n_permutations) == (len(cells), 19)
+
+    def test_a_run_has_rows_of_every_k_and_tests_at_k_1_only(self, planted):
+        table = planted[0].comparison
+        null = table[table.arm == "null"]
+        assert (null.groupby(["k", "metric"]).size() == len(CONCEPTS) + 1).all()
+        assert null.k.unique().tolist() == [1, 2]
+        assert null.loc[null.k == 2, ["p_value", "q_value", "p_adjusted"]].isna().all(axis=None)
+        assert null.p_value[(null.k == 1) & (null.metric == "auroc")].notna().all()
+        held = table[(table.arm == "held_out") & table.metric.isin(["auroc", "f1_balanced"])]
+        means = null.set_index(["metric", "concept", "k"]).moe
+        assert held.null_mean.tolist() == [means[key] for key in zip(held.metric, held.concept, held.k, strict=True)]
+        assert held.p_value[held.k == 2].isna().all()
+
+    def test_the_sentences_count_only_the_tests(self, planted):
+        result, _ = planted
+        first = replace(result, comparison=result.comparison[result.comparison.k == 1])
+        assert result.findings() == first.findings()

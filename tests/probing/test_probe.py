@@ -7,9 +7,12 @@ import pytest
 import moe_lens as ml
 from moe_lens.errors import BadConfig, BadOutput, MemoryLimit, OutOfRange
 from moe_lens.probing import job as job_module
+from moe_lens.probing import probe as probe_module
 from moe_lens.probing import scan as scan_module
 from moe_lens.probing.arms import LADDER
 
+NEWER = ("larger", "n_cells")
+"""Arrays of a stored null that were added later."""
 CONCEPTS = ["contains_digit", "contains_capital", "contains_whitespace", "domain_up"]
 PROBE_COLUMNS = (
     "model, role, protocol, seed, layer, expert, concept, category, granularity, k, neurons, sign, n_select, "
@@ -138,6 +141,25 @@ def test_a_killed_run_resumes_without_repeating_the_finished_model(moe, dense, c
     assert calls == ["tiny-olmoe", "tiny-llama", "tiny-llama"]
     pd.testing.assert_frame_equal(resumed.comparison, result.comparison)
     pd.testing.assert_frame_equal(resumed.cells, result.cells)
+
+
+def test_a_part_stored_before_there_was_a_null_at_larger_k_is_read(moe, corpus, tmp_path):
+    """Then the comparison has a null at k = 1 only, as it had."""
+    stored = ml.probe(moe, corpus, concepts=CONCEPTS, k=(1, 4), neurons=False, progress=False).comparison
+    path = tmp_path / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "comparison_table", None)
+        with pytest.raises(TypeError):
+            run(moe, corpus, neurons=False, out=path)
+    (part,) = path.rglob("model-0.null.npz")
+    with np.load(part) as found:
+        old = {name: value for name, value in found.items() if not name.endswith("_4") and name not in NEWER}
+        assert len(old) < len(found.files)
+    np.savez(part, **old)
+    resumed = run(moe, corpus, neurons=False, out=path).comparison
+    expected = stored[(stored.arm != "null") | (stored.k == 1)].reset_index(drop=True)
+    expected.loc[expected.k > 1, "null_mean"] = np.nan
+    pd.testing.assert_frame_equal(resumed, expected)
 
 
 def test_layer_groups_give_the_same_tables_as_one_pass(moe, corpus, monkeypatch):

@@ -233,18 +233,18 @@ def test_the_finding_of_a_gap_that_shrinks_step_by_step():
 def test_the_finding_says_which_removal_makes_the_gap_larger_or_turns_it():
     text = said(0.10, 0.05, 0.08, 0.02, -0.03, metric="auroc", k=8)
     assert "k=8 AUROC" in text
-    assert "reuse of test data -0.030 (its removal makes the gap larger), candidates" in text
-    assert "routing +0.050 (its removal turns the gap around); -0.030" in text
+    assert "reuse of test data −0.030 (its removal makes the gap larger), candidates" in text
+    assert "routing +0.050 (its removal turns the gap around); −0.030" in text
     assert text.endswith("below zero.")
     mirrored = said(-0.10, -0.05, -0.08, -0.02, 0.0)
-    assert "explains -0.050, reuse of test data +0.030 (its removal makes the gap larger)" in mirrored
+    assert "explains −0.050, reuse of test data +0.030 (its removal makes the gap larger)" in mirrored
     assert mirrored.endswith("0.000 [0.000, 0.000] is left for the neurons, not distinguishable from zero.")
 
 
 def test_the_finding_doubts_a_raw_gap_whose_interval_holds_zero():
     text = finding(waterfall(noisy_gaps(shared=30), group_of={}, null=np.linspace(-10, 10, 201)))
     assert "itself not distinguishable from zero, search" in text
-    assert "is within what exchanged labels give there (-9.500 to +9.500)" in text
+    assert "is within what exchanged labels give there (−9.500 to +9.500)" in text
     for null, side in ((-9.0, "above"), (9.0, "below")):
         far = finding(waterfall(noisy_gaps(shared=30), group_of={}, null=np.full(99, null)))
         assert f"{side} what exchanged labels give" in far

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from moe_lens.capture.run import open_run
-from moe_lens.report.page import sections_of
+from moe_lens.report.page import environment, sections_of
+from moe_lens.report.parts import Section, Table
 from tests.capture import card_runs
 from tests.report import made
 
@@ -33,10 +36,17 @@ class Watched:
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
+    def near(self, table: str) -> None:
+        """Scrolls to a table, which is made then."""
+        self.page.evaluate("(id) => document.getElementById(id).scrollIntoView()", table)
+        self.page.wait_for_selector(f"#{table} tbody", state="attached")
+
     def rows(self, table: str) -> Any:
+        self.near(table)
         return self.page.locator(f"#{table} tbody tr")
 
     def column(self, table: str, name: str) -> list[str]:
+        self.near(table)
         names = [th.get_attribute("data-name") for th in self.page.locator(f"#{table} th").all()]
         return self.page.locator(f"#{table} tbody td:nth-child({names.index(name) + 1})").all_inner_texts()
 
@@ -129,6 +139,7 @@ def test_search_filters_and_sorting(open_page: Any) -> None:
 
 def test_addresses_sort_as_numbers(open_page: Any) -> None:
     seen = open_page()
+    seen.near("expert-table")
     for _ in range(2):
         seen.page.click("#expert-table th[data-name=address] button")
     assert seen.column("expert-table", "address")[0] == "L2.E9"
@@ -136,12 +147,13 @@ def test_addresses_sort_as_numbers(open_page: Any) -> None:
 
 def test_a_click_on_a_concept_shows_its_best_neurons(open_page: Any) -> None:
     seen = open_page()
-    seen.drawn("probing-concepts")
     everything = seen.rows("probing-best").count()
+    seen.drawn("probing-concepts")
     point = seen.page.locator("#probing-concepts .scatterlayer .trace .points path").first
     box = point.bounding_box()
     seen.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    seen.page.wait_for_function("document.querySelector('#probing-best [data-filter=concept]').value !== ''")
+    seen.page.wait_for_timeout(300)  # Plotly tells a click from a double click
+    assert seen.page.locator("#probing-best [data-filter=concept]").input_value()
     (concept,) = set(seen.column("probing-best", "concept"))
     assert concept in made.CONCEPTS
     assert 0 < seen.rows("probing-best").count() < everything
@@ -176,6 +188,7 @@ def test_a_fragment_opens_its_card_and_escape_closes_it(open_page: Any) -> None:
 
 def test_a_link_opens_a_card_and_the_focus_comes_back_to_it(open_page: Any) -> None:
     seen = open_page()
+    seen.near("trial-verdicts")
     link = seen.page.locator("#trial-verdicts a", has_text="L2.E3")
     for close in ("keyboard", "button"):
         link.click()
@@ -221,7 +234,8 @@ def test_nasty_text_shows_as_text(open_page: Any) -> None:
     )
     assert direction == "rtl"
     assert seen.page.locator("main img, main iframe, main object").count() == 0
-    ours = seen.page.locator("script[type='application/json']").count() + 2  # plotly as text, and the page's own
+    kept = seen.page.locator("script[type='application/json'], script[type='text/html']").count()  # rows and cards
+    ours = kept + 2  # plotly as text, and the page's own
     drawn = seen.page.evaluate("Number(Boolean(window.Plotly))")  # run once the first figure came near
     assert seen.page.locator("script").count() == ours + drawn
 
@@ -279,6 +293,7 @@ def test_the_keyboard_alone_reaches_headings_and_cards(open_page: Any) -> None:
     seen = open_page()
     seen.page.keyboard.press("Tab")
     assert seen.page.evaluate("document.activeElement.textContent") == "Skip to the findings"
+    seen.near("expert-table")
     seen.page.locator("#expert-table select").last.focus()
     seen.page.keyboard.press("Tab")  # the box that scrolls
     seen.page.keyboard.press("Tab")
@@ -290,7 +305,7 @@ def test_the_keyboard_alone_reaches_headings_and_cards(open_page: Any) -> None:
         seen.page.keyboard.press("Tab")
     assert seen.page.evaluate("document.activeElement.textContent") == "L1.E0"
     seen.page.keyboard.press("Enter")
-    assert seen.page.locator("#card").is_visible()
+    seen.page.wait_for_selector("#card", state="visible")
     assert seen.page.evaluate("document.activeElement.id") == "card"
 
 
@@ -319,6 +334,161 @@ def test_a_run_with_little_opens_too(browser: Any, tmp_path: Path) -> None:
     assert seen.page.locator("#expert-table tbody a").count() == 0
     assert (seen.messages, seen.requests) == ([], [])
     context.close()
+
+
+def test_little_is_made_before_it_is_near(open_page: Any) -> None:
+    seen = open_page()
+    seen.page.wait_for_timeout(300)
+    assert seen.page.locator(".table table, .canvas.drawn").count() < 4
+    assert seen.page.evaluate("tables.has('provenance-manifest')") is False
+    assert seen.page.locator("main *").count() < 1500
+
+
+@pytest.fixture
+def long_tables(browser: Any, full: Path, tmp_path: Path) -> Iterator[Watched]:
+    """A page of three tables, of 10,000 rows each."""
+    n = 10_000
+    address = [f"L{i // 64}.E{i % 64}" for i in range(n)]
+    rows = pd.DataFrame(
+        {
+            "address": address,
+            "gap": np.arange(n) / n,
+            "low": np.arange(n) / n - 0.1,
+            "high": np.arange(n) / n + 0.1,
+            "text": ["word"] * n,
+        }
+    )
+    rows.loc[7, ["gap", "low", "high"]] = np.nan
+    found = [Table(f"long-{i}", "Long", rows, "made up", search=True, filters=("text",), forms={"gap": "+.2f"},
+                   intervals={"gap": ("low", "high")}) for i in range(3)]  # fmt: skip
+    run = open_run(full)
+    path = tmp_path / "long.html"
+    page = environment().get_template("report.html")
+    section = Section("s", "Section", "", tuple(found))
+    path.write_text(page.render(title="t", manifest=run.manifest, sections=[section], hashes={}, plotly=""), "utf-8")
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    seen = watch(context, path.as_uri())
+    yield seen
+    assert (seen.messages, seen.requests) == ([], [])
+    context.close()
+
+
+def test_of_long_tables_only_what_is_looked_at_is_made(long_tables: Watched) -> None:
+    page = long_tables.page
+    page.wait_for_selector("#long-0 tbody tr")
+    assert page.locator("#long-2 table").count() == 0  # not near yet
+    assert page.locator("#long-0 tbody tr").count() == 60
+    page.evaluate("document.querySelector('#long-0 .scroll').scrollTop = 1e6")
+    page.wait_for_selector("#long-0 tbody tr:nth-child(61)")
+    page.fill("#long-0 input[type=search]", "l156.e15")  # the last row
+    assert long_tables.column("long-0", "address") == ["L156.E15"]
+    assert page.get_by_role("status").first.inner_text() == "1 of 10,000 rows"
+    page.fill("#long-0 input[type=search]", "")
+    page.click("#long-0 th[data-name=gap] button")
+    assert long_tables.column("long-0", "address")[0] == "L156.E15"
+    assert page.locator("#long-0 tbody tr").count() == 60
+    page.click("#long-0 th[data-name=gap] button")
+    assert long_tables.column("long-0", "address")[0] == "L0.E0"
+
+
+def test_a_search_of_the_browser_finds_rows_that_were_not_made(long_tables: Watched) -> None:
+    page = long_tables.page
+    page.evaluate("dispatchEvent(new KeyboardEvent('keydown', {key: 'f', ctrlKey: true}))")
+    assert page.locator("#long-2 tbody tr").count() == 3000
+    assert page.evaluate("window.find('L20.E5')")
+
+
+def test_print_says_how_many_rows_it_leaves_out(long_tables: Watched) -> None:
+    page = long_tables.page
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#long-2 tbody tr").count() == 500
+    assert page.get_attribute("#long-2 .scroll", "data-left").startswith("and 9,500 rows more")
+    assert page.locator("#long-2 .source").inner_text().startswith("10,000 rows from")
+
+
+def test_intervals_share_the_column_of_their_value(long_tables: Watched) -> None:
+    page = long_tables.page
+    page.wait_for_selector("#long-0 tbody tr")
+    assert [th.get_attribute("data-name") for th in page.locator("#long-0 th").all()] == ["address", "gap", "text"]
+    shown = long_tables.column("long-0", "gap")
+    assert shown[0] == "0.00 [−0.10, +0.10]"
+    assert shown[7] == "–"
+    assert {th.get_attribute("aria-sort") for th in page.locator("#long-0 th").all()} == {"none"}
+
+
+def test_where_more_is_hidden_an_edge_says_so(open_page: Any) -> None:
+    seen = open_page(viewport={"width": 400, "height": 900})
+    seen.near("expert-table")
+    edge = seen.page.locator("#expert-table .edge")
+    seen.page.wait_for_selector("#expert-table .edge.more-right")
+    assert "more-left" not in str(edge.get_attribute("class"))
+    first = edge.locator("tbody td").first
+    at = first.bounding_box()["x"]
+    seen.page.evaluate("document.querySelector('#expert-table .scroll').scrollLeft = 1e4")
+    seen.page.wait_for_selector("#expert-table .edge.more-left:not(.more-right)")
+    assert first.bounding_box()["x"] == at  # the first column says which row this is
+    assert seen.page.locator("nav .edge.more-right").count() == 1
+
+
+def test_on_a_phone_all_figures_but_the_waterfall_fit(open_page: Any, full: Path) -> None:
+    seen = open_page(viewport={"width": 400, "height": 900})
+    for part in (part for s in sections_of(open_run(full)) for part in s.parts if part.kind == "figure"):
+        box = seen.drawn(part.id)
+        scrolls = box.evaluate("(c) => c.parentElement.scrollWidth > c.parentElement.clientWidth + 1")
+        assert scrolls == (part.id == "probing-waterfall"), part.id
+        out = box.evaluate(
+            "(c) => [...c.querySelectorAll('.legendtext, .xtitle, .ytitle')].filter((e) => "
+            "e.getBoundingClientRect().right > c.parentElement.getBoundingClientRect().right + 1)"
+            ".map((e) => e.textContent)"
+        )
+        assert out == [] or part.id == "probing-waterfall", part.id
+
+
+def test_panels_side_by_side_are_stacked_on_a_phone(open_page: Any) -> None:
+    seen = open_page(viewport={"width": 400, "height": 900})
+    for figure in ("probing-k", "trial-expert"):
+        seen.drawn(figure)
+        layout = f"document.querySelector('#{figure} .canvas').layout"
+        axes = seen.page.evaluate(f"['xaxis', 'xaxis2'].map((x) => {layout}[x].domain)")
+        assert axes == [[0, 1], [0, 1]]
+        (_, top), (low, _) = seen.page.evaluate(f"['yaxis2', 'yaxis'].map((y) => {layout}[y].domain)")
+        assert top < low
+
+
+@pytest.mark.parametrize(("width", "columns"), [(1280, 2), (400, 1)])
+def test_the_four_answers_stand_in_blocks(open_page: Any, width: int, columns: int) -> None:
+    seen = open_page(viewport={"width": width, "height": 900})
+    answers = seen.page.locator(".answer").all()
+    assert len({answer.bounding_box()["x"] for answer in answers}) == columns
+    assert len(answers) == 4
+    for answer in answers:
+        assert answer.locator(".headline").inner_text().strip()
+        for link in answer.locator(".more a").all():
+            assert seen.page.locator(str(link.get_attribute("href"))).count() == 1
+
+
+def test_an_expert_of_the_front_page_leads_to_its_card(open_page: Any) -> None:
+    seen = open_page()
+    link = seen.page.locator(".answer .headline a").first
+    address = link.inner_text()
+    link.focus()
+    seen.page.keyboard.press("Enter")
+    seen.page.get_by_role("article", name=f"Card of {address}").wait_for(state="visible")
+    seen.page.keyboard.press("Escape")
+    assert seen.page.evaluate("document.activeElement.textContent") == address
+
+
+def test_tab_stops_only_at_boxes_that_scroll(open_page: Any) -> None:
+    seen = open_page(viewport={"width": 1280, "height": 900})
+    for canvas in seen.page.locator("main figure .canvas").all():
+        canvas.scroll_into_view_if_needed()
+    seen.near("provenance-manifest")
+    wrong = seen.page.evaluate(
+        "[...document.querySelectorAll('main .scroll')].filter((b) => (b.tabIndex === 0) !== "
+        "(b.scrollWidth > b.clientWidth + 1 || b.scrollHeight > b.clientHeight + 1))"
+        ".map((b) => b.getAttribute('aria-label'))"
+    )
+    assert wrong == []
 
 
 @pytest.mark.slow

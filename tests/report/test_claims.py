@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def number(take: str, *, table: pd.DataFrame = TABLE, **claim: Any) -> float:
         ("count", {"where": {"kind": "b"}}, 3),
         ("count", {"where": {"kind": ["a", "b"], "ok": True}}, 3),
         ("count", {"where": {"kind": "nothing"}}, 0),
+        ("count", {"where": {"x": {">": 1}}}, 2),
+        ("count", {"where": {"x": {">=": 1, "<": 4}}}, 2),
+        ("count", {"where": {"x": {"<=": 2}, "kind": {"!=": "b"}}}, 2),
+        ("count", {"where": {"x": None}}, 1),
         ("count", {"distinct": ("expert",)}, 3),
         ("count", {"distinct": ("kind", "expert")}, 4),
         ("sum", {"column": "x"}, 6.5),
@@ -83,6 +88,7 @@ def test_numbers_read_as_people_write_them() -> None:
         (Claim("t", {}, "count", distinct=("nix",)), "has no column 'nix'"),
         (Claim("t", {"kind": "a"}, "value", "x"), "has 2 rows for"),
         (Claim("t", {"kind": "c"}, "value", "x"), "has 0 rows for"),
+        (Claim("t", {"x": {"=~": 1}}, "count"), "nothing is known to compare with as '=~'"),
         (Claim("t", {}, "to_pickle", "x"), "nothing is known to take as 'to_pickle'"),
     ],
 )
@@ -102,6 +108,36 @@ def test_a_claim_survives_its_text() -> None:
 def test_text_that_is_no_claim_is_refused(text: str) -> None:
     with pytest.raises(BadOutput, match="no claim of a report"):
         Claim.from_json(text)
+
+
+def test_a_number_without_a_value_meets_no_condition() -> None:
+    table = TABLE.assign(n=pd.array([1, 2, None, None, 3], dtype="Int64"))
+    assert number("count", table=table, where={"n": {">": 1}}) == 2
+    assert number("count", table=table, where={"n": None}) == 2
+
+
+def test_a_claim_tells_people_where_its_number_is_from() -> None:
+    where = {"kind": "a", "x": {"<": 0.05}, "expert": None, "ok": [True, False], "y": list(range(9))}
+    said = Claim("t", where, "count", distinct=("kind",)).source
+    assert said == (
+        "t.parquet: count of distinct kind where kind = a, x < 0.05, expert is missing, ok is one of True, False, "
+        "y is one of 9 values"
+    )
+    assert Claim("manifest", {}, "fact", "commands.validate.settings.n_labels").source == (
+        "manifest.json: commands.validate.settings.n_labels"
+    )
+
+
+def test_a_number_of_the_manifest_goes_by_its_dotted_name(tmp_path: Path) -> None:
+    from moe_lens.capture.run import Run
+
+    manifest = {"model": {}, "commands": {"validate": {"n": 1234, "state": "done", "complete": True}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    say = Claims(Run(tmp_path))
+    assert say.fact("commands.validate.n").endswith(">1,234</data>")
+    for name in ("commands.validate.nix", "commands.validate.state", "commands.validate.complete", "commands", ""):
+        with pytest.raises(BadOutput, match=r"manifest.json has no number"):
+            say.fact(name)
 
 
 def test_html_of_a_claim_shows_the_number_and_escapes_where_it_came_from(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def numbers(table: pd.DataFrame) -> list[str]:
 def test_a_hub_data_set_loads_table_by_table(full: Path, tmp_path: Path) -> None:
     folder = export(full, to="hub-dataset", out=tmp_path / "hub")
     for name, table in open_run(full).tables().items():
-        if not name.startswith("faithfulness_") or len(table):
+        if len(table):
             found = datasets.load_dataset(str(folder), name, split="train", cache_dir=str(tmp_path / "cache"))
             assert found.num_rows == len(table), name
             assert found.column_names == list(table.columns), name
@@ -91,10 +91,46 @@ def test_the_card_of_a_hub_data_set_is_yaml_that_lists_every_table(full: Path, t
     assert [c["config_name"] for c in configs if c.get("default")] == ["labels"]
     for config in configs:
         assert (folder / config["data_files"]).exists()
-    assert {c["config_name"] for c in configs} == set(open_run(full).tables())
+    assert {c["config_name"] for c in configs} == {name for name, t in open_run(full).tables().items() if len(t)}
+    assert "Tables without rows are left out: `faithfulness_agreement`" in card
+    assert {path.stem for path in (folder / "data").iterdir()} == {c["config_name"] for c in configs}
+    assert "hf upload USER/NAME FOLDER . --repo-type dataset" in card
+    assert "license" not in header
+    assert "add a `license:` to the head of this card" in card
     assert "| exemplars | " in card
     assert "{" not in card.split("---\n")[2]
     assert (folder / "report.html").read_bytes() == (full / "report.html").read_bytes()
+
+
+def test_the_bundled_text_goes_with_its_licences(mine: Path, tmp_path: Path) -> None:
+    manifest = made.manifest()
+    manifest["corpus"]["id"] = "bundled:"
+    (mine / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    folder = export(mine, to="hub-dataset", out=tmp_path / "hub")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert (header["license"], header["license_name"]) == ("other", "moe-lens-bundled-texts")
+    sources = (folder / header["license_link"]).read_text(encoding="utf-8")
+    assert "CC-BY-SA-3.0" in sources
+    assert {path.name for path in (folder / "licences").iterdir()} >= {"WordNet.txt"}
+    found = datasets.load_dataset(str(folder), "labels", split="train", cache_dir=str(tmp_path / "cache"))
+    assert found.num_rows == len(made.labels())
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_export_says_what_to_do_with_it_and_names_no_folder_of_this_machine(
+    mine: Path, tmp_path: Path, to: str
+) -> None:
+    manifest = made.manifest()
+    manifest["model"]["name"] = "/home/me/models/my-moe"
+    (mine / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    folder = export(mine, to=to, out=tmp_path / "out")
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "my-moe" in readme
+    assert any(word in readme for word in ("hf upload", "admin panel", "pandas.read_csv"))
+    for path in folder.rglob("*"):
+        if path.suffix in (".md", ".json", ".jsonl"):
+            assert "/home/me" not in path.read_text(encoding="utf-8"), path
 
 
 def test_neuronpedia_values_sit_at_the_marked_token(full: Path, tmp_path: Path) -> None:
@@ -126,6 +162,48 @@ def test_neuronpedia_knows_every_expert_with_exemplars(full: Path, tmp_path: Pat
     assert (explanation["index"], explanation["description"]) == ("1", "<b>markup</b> & \x1b[0m")
     for name in ("release", "model", "sourceset", "source"):
         assert len(lines(home / f"{name}.jsonl")) == 1
+
+
+REQUIRED = {
+    "release": {"name", "description", "creatorName", "creatorId"},
+    "model": {"id", "creatorId", "layers", "neuronsPerLayer", "owner"},
+    "sourceset": {"modelId", "name", "description", "creatorName", "creatorId"},
+    "source": {"id", "modelId", "setName", "creatorId"},
+    "features/batch-0": {"modelId", "layer", "index"},
+    "activations/batch-0": {"id", "modelId", "layer", "index", "tokens", "values", "maxValue", "maxValueTokenIndex",
+                            "minValue", "creatorId"},
+    "explanations/batch-0": {"id", "modelId", "layer", "index", "description", "authorId"},
+}  # fmt: skip
+"""Columns without a default in Neuronpedia's schema.prisma, read on 2026-11-22."""
+
+
+def test_neuronpedia_gets_every_column_that_it_requires_and_what_they_refer_to(full: Path, tmp_path: Path) -> None:
+    folder = export(full, to="neuronpedia", out=tmp_path / "np")
+    (home,) = [path for path in folder.rglob("*") if path.name == f"{made.LAYER}-moe-experts"]
+    rows = {}
+    for name, columns in REQUIRED.items():
+        rows[name] = lines(next(path for path in (home / name).parent.glob(f"{Path(name).name}.jsonl*")))
+        for row in rows[name]:
+            assert columns <= set(row), name
+            assert all(row[column] not in ("", None) for column in columns), name
+            assert set(row) == set(rows[name][0]), "the importer takes its columns from the first line"
+    (model,) = rows["model"]
+    assert (model["layers"], model["neuronsPerLayer"]) == (made.LAYER + 1, len(made.EXPERTS))
+    features = {row["index"] for row in rows["features/batch-0"]}
+    assert {row["index"] for row in rows["activations/batch-0"] + rows["explanations/batch-0"]} <= features
+    (kind,) = lines(folder / "config" / "explanation_type.jsonl")
+    models = {row["name"] for row in lines(folder / "config" / "explanation_model_type.jsonl")}
+    for row in rows["explanations/batch-0"]:
+        assert row["typeName"] == kind["name"]
+        assert row["explanationModelName"] in models
+
+
+def test_neuronpedia_gets_no_file_without_lines(mine: Path, tmp_path: Path) -> None:
+    made.labels().assign(status="refused").to_parquet(mine / "labels.parquet")
+    folder = export(mine, to="neuronpedia", out=tmp_path / "np")
+    assert not list(folder.rglob("explanations"))
+    assert not (folder / "config").exists()
+    assert all(lines(path) for path in folder.rglob("*.jsonl*"))
 
 
 def test_an_export_in_the_run_is_replaced_and_elsewhere_nothing_is(mine: Path, tmp_path: Path) -> None:

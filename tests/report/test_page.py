@@ -7,13 +7,17 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
 import moe_lens as ml
 from moe_lens.capture.card import expert_card
 from moe_lens.capture.run import open_run
+from moe_lens.report.claims import Claims
 from moe_lens.report.page import ReadOnce, render, report, sections_of, table_hashes
+from moe_lens.report.parts import Answers, Unanswered
+from moe_lens.report.sections import front
 from tests.report import made
 
 ALL = ["findings", "routing", "probing", "experts", "trial", "faithfulness", "provenance"]
@@ -64,10 +68,14 @@ def test_the_page_asks_for_nothing_outside_itself(full: Path) -> None:
 def test_no_text_of_a_run_becomes_an_element(full: Path) -> None:
     page = (full / "report.html").read_text(encoding="utf-8")
     found = Elements(page).found
-    assert [a for t, a in found if t == "script" and a.get("type") != "application/json"] == [
+    not_run = ("application/json", "text/html")  # rows, and cards that are put into the page when they are opened
+    assert [a for t, a in found if t == "script" and a.get("type") not in not_run] == [
         {"type": "text/plain", "id": "plotly"},
         {},
     ]
+    for card in re.findall(r'<script type="text/html" data-card="L\d+\.E\d+">(.*?)</script>', page, re.DOTALL):
+        inside = {tag for tag, _ in Elements(card).found}
+        assert not inside & {"script", "img", "iframe", "style", "link", "object"}
     assert not [t for t, a in found if t in ("img", "iframe") or any(name.startswith("on") for name in a)]
     assert made.SCRIPT not in page
     assert "&lt;script&gt;window.injected = 1&lt;/script&gt;" in page  # the model's name
@@ -142,3 +150,28 @@ def test_hashes_are_those_of_the_files(full: Path) -> None:
     (found,) = re.findall(r'<script type="application/json" id="hashes">(.*?)</script>', page)
     assert json.loads(found) == table_hashes(open_run(full))
     assert set(json.loads(found)) == {path.name for path in full.glob("*.parquet")}
+
+
+@pytest.mark.parametrize(
+    "tables", [(), *((name,) for name in made.tables()), ("waterfall", "validation"), ("labels", "probe")]
+)
+def test_the_front_page_holds_with_any_tables(tmp_path: Path, tables: tuple[str, ...]) -> None:
+    run = open_run(made.write_run(tmp_path / "run", *tables))
+    (answers,) = front.section(run, Claims(run)).parts
+    assert isinstance(answers, Answers)
+    assert len(answers.answers) == 4
+    for answer in answers.answers:
+        assert answer.command if isinstance(answer, Unanswered) else answer.headline
+
+
+def test_bars_of_the_front_page_are_the_numbers_beside_them(full: Path) -> None:
+    run = open_run(full)
+    say = Claims(run)
+    gap, labels, experts, _ = front.section(run, say).parts[0].answers
+    shown = [re.sub(r"<[^>]+>", "", strip.said) for strip in gap.strips]
+    widths = np.array([strip.pieces[0].width for strip in gap.strips])
+    values = np.array([float(text.split()[0].replace("−", "-")) for text in shown])
+    np.testing.assert_allclose(widths / widths[0], np.abs(values) / values[0], atol=0.01)
+    verdicts = {piece.kind: piece.width for piece in labels.strips[0].pieces}
+    assert verdicts == {"supported": 25.0, "routing-only": 25.0, "underpowered": 25.0, "undecided": 25.0}
+    assert [strip.pieces[0].width for strip in experts.strips] == pytest.approx([100, 75, 50, 25])

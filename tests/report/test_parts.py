@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from moe_lens import plots
-from moe_lens.report.parts import Cards, Figure, columns_of, script_json
+from moe_lens.report.parts import Cards, Figure, Table, columns_of, inert, script_json
 from tests.report import made
 
 
@@ -82,3 +82,16 @@ def test_styles_of_cards_become_classes_and_text_stays() -> None:
     cards = Cards.of("c", "", {"L0.E1": html}, source="")
     assert cards.cards["L0.E1"] == '<p class="c0">style=&quot;x&quot;</p><p class="c0">b</p><i class="c1">c</i>'
     assert cards.css == ".c0{color:red}.c1{top:0}"
+
+
+@pytest.mark.parametrize("nasty", ["</script>", "</SCRIPT x", "<script>alert(1)", "<!-- ", "a</scriPt"])
+def test_cards_cannot_end_the_element_they_are_kept_in(nasty: str) -> None:
+    assert "<" not in inert(nasty)
+    assert inert(f"<p>{nasty}</p>").startswith("<p>")
+
+
+def test_intervals_that_a_table_does_not_have_are_left_out() -> None:
+    rows = pd.DataFrame({"gap": [1.0], "low": [0.5], "high": [1.5]})
+    table = Table("t", "", rows, "", intervals={"gap": ("low", "high"), "moe": ("moe_low", "moe_high")})
+    assert table.to_dict()["intervals"] == {"gap": ["low", "high"]}
+    assert set(table.to_dict()["columns"]) == {"gap", "low", "high"}  # the download has all

@@ -82,7 +82,7 @@ def _titles(result: Faithfulness, modes: list[str]) -> tuple[str, str]:
         at = at[(at["mode"] == mode) & (at["quantity"] == "aopc") & (at["super_experts"] == "included")]
         at = at[(at["control"] == "random") & (at["score"] == "comprehensiveness_kl")]
         better.append(f"{int(((at['p'] < 0.05) & (at['low'] > result.noise.kl)).sum())} under {mode}")
-    head = f"Of {n} rankings, {' and '.join(better)} find experts that matter more than random ones"
+    head = f"Of {n} rankings, {' and '.join(better)} beat random sets of experts"
     if not len(result.draws):
         head = f"{n} rankings without a random control"
     return head, (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from moe_lens.causal.faithfulness.sets import Bins
 from moe_lens.causal.faithfulness.tables import AOPC, SCORES
 from moe_lens.causal.screen import ScreenRecall
 from moe_lens.errors import BadOutput
-from moe_lens.plots import rows_of
+from moe_lens.plots import number, rows_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -109,15 +110,51 @@ class Faithfulness:
         return self.frame.loc[self.frame["quantity"] == AOPC, columns].reset_index(drop=True)
 
     def finding(self) -> str:
-        """Which rankings beat random sets, in plain English, with what limits the answer."""
-        return " ".join(self.findings())
+        """In one sentence the ranking that beats random sets most clearly, and its lead over load-matched ones."""
+        at = self._leads("random")
+        if not len(at):
+            return (
+                f"{self.frame['ranking'].nunique()} rankings were scored, but no random control was drawn (n_random is "
+                "0), so the scores have nothing to be compared with."
+            )
+        best: Any = next(clearest_first(at).itertuples())
+        n_better = int(((at["p"] < ALPHA) & (at["low"] > self.noise.kl)).sum())
+        pick = f", the clearest of {len(at)}" if len(at) > 1 else ""
+        return (
+            f"Without the experts that {best.ranking} puts first the output moves by {number(best.value)} nats (AOPC "
+            f"in KL, {best.mode}), without random ones by {number(best.control_value)}: a lead of "
+            f"{_with_interval(best)}, p {best.p:.2f}{pick} ({n_better} of {len(at)} beat random, p < .05 uncorrected), "
+            f"{self._beside_matched(best.ranking, best.mode)}."
+        )
+
+    def _beside_matched(self, ranking: str, mode: str) -> str:
+        """The lead over sets of like load, and the share of experts that had a match."""
+        row: Any = next(self._leads("load-matched").query("ranking == @ranking and mode == @mode").itertuples(), None)
+        share = self.matched_share.get((ranking, mode), float("nan"))
+        if row is None or not math.isfinite(share):
+            return "and load-matched sets were not drawn"
+        said = f"{share:.0%} of its experts have a match of like load in their layer"
+        if share < ENOUGH_MATCHED:
+            return f"and no lead over load-matched sets can be quoted, since only {said}"
+        return f"and {_with_interval(row)} over load-matched sets ({said})"
+
+    def _leads(self, control: str) -> pd.DataFrame:
+        """Leads in comprehensiveness (AOPC, KL) over a control, a row for each ranking and mode."""
+        at = self.gaps[(self.gaps["quantity"] == AOPC) & (self.gaps["super_experts"] == "included")]
+        return at[(at["control"] == control) & (at["score"] == "comprehensiveness_kl")]
+
+    @property
+    def matched_share(self) -> pd.Series:
+        """By ranking and mode the share of its first experts that have a match of like load and gate mass."""
+        at = self.frame[(self.frame["super_experts"] == "included") & self.frame["matched_share"].notna()]
+        return at.groupby(["ranking", "mode"])["matched_share"].mean()
 
     def findings(self) -> list[str]:
-        """`finding`, one statement each: the text, then mode by mode, then what limits them."""
+        """`finding`, then the text and the clean passes, then mode by mode, then what limits them."""
         floor = "two clean passes agree exactly"
         if self.noise.kl or self.noise.mean_nll:
             floor = f"two clean passes differ by {self.noise.kl:.1e} nats of KL, {self.noise.mean_nll:.1e} of the mean"
-        said = [f"{self.n_documents} documents, {self.n_tokens:,} predictions; {floor}."]
+        said = [self.finding(), f"{self.n_documents} documents, {self.n_tokens:,} predictions; {floor}."]
         said += [self._about(mode) for mode in self.frame["mode"].unique()]
         if (order := self._order_changes()) is not None:
             said.append(order)
@@ -155,12 +192,12 @@ class Faithfulness:
             )
         parts = []
         for score, name in (("comprehensiveness_kl", "comprehensiveness"), ("sufficiency_kl", "sufficiency")):
-            rows = at[at["score"] == score].sort_values("gap", ascending=False, kind="stable")
+            rows = clearest_first(at[at["score"] == score])
             best: Any = next(rows.itertuples())
             better = rows[(rows["p"] < ALPHA) & (rows["low"] > self.noise.kl)]
             parts.append(
-                f"{name} of {best.ranking} {best.value:.3f}, random {best.control_value:.3f}, gap {best.gap:+.3f} "
-                f"[{best.low:+.3f}, {best.high:+.3f}], p {best.p:.2f}, and {len(better)} of {len(rows)} rankings beat "
+                f"{name} of {best.ranking} {best.value:.3f}, random {best.control_value:.3f}, gap "
+                f"{_with_interval(best)}, p {best.p:.2f}, and {len(better)} of {len(rows)} rankings beat "
                 "random"
             )
         said = f"{mode}: {'; '.join(parts)} (AOPC in KL, nats; p uncorrected for {at['ranking'].nunique()} rankings)."
@@ -168,13 +205,11 @@ class Faithfulness:
 
     def _matched(self, mode: str) -> list[str]:
         """How the rankings do against sets of equal load, if those were drawn."""
-        at = self.gaps[(self.gaps["mode"] == mode) & (self.gaps["quantity"] == AOPC)]
-        at = at[(at["super_experts"] == "included") & (at["control"] == "load-matched")]
-        at = at[at["score"] == "comprehensiveness_kl"]
+        at = self._leads("load-matched")
+        at = at[at["mode"] == mode]
         if not len(at):
             return []
-        shares = self.frame[(self.frame["mode"] == mode) & (self.frame["super_experts"] == "included")]
-        matched = shares.groupby("ranking")["matched_share"].mean()
+        matched = self.matched_share.xs(mode, level="mode")
         usable = at[at["ranking"].map(matched) >= ENOUGH_MATCHED]
         low, high = 100 * matched.min(), 100 * matched.max()
         said = f"{low:.0f} to {high:.0f} % of experts have a match of like load and gate mass in their layer"
@@ -185,10 +220,10 @@ class Faithfulness:
 
     def _aligned(self) -> list[str]:
         rows = self.alignment[self.alignment["layer"].isna() & (self.alignment["importance"] == "gradient")]
-        parts = [
-            f"{row.spearman:.2f} [{row.spearman_low:.2f}, {row.spearman_high:.2f}] with {row.routing}"
-            for row in rows_of(rows)
-        ]
+        parts = []
+        for row in rows_of(rows):
+            value, low, high = (number(x, ".2f") for x in (row.spearman, row.spearman_low, row.spearman_high))
+            parts.append(f"{value} [{low}, {high}] with {row.routing}")
         return [f"Within layers, importance by gradient correlates {', '.join(parts)} (Spearman)."] if parts else []
 
     def _order_changes(self) -> str | None:
@@ -212,7 +247,7 @@ class Faithfulness:
         areas = self.circuit[self.circuit["quantity"].isin(["cpr", "cmd"])].drop(columns="bin")
         return {
             "run": str(self.run.path) if self.run else None,
-            "finding": self.finding(),
+            "finding": self.finding(), "findings": self.findings(),
             "bins": {"shares": list(self.bins.shares), "rounding": self.bins.rounding,
                      "include_zero": self.bins.include_zero, "aggregate": self.bins.aggregate},
             "noise": {"nll": self.noise.nll, "kl": self.noise.kl, "mean_nll": self.noise.mean_nll},
@@ -238,7 +273,7 @@ class Faithfulness:
         return alignment(self)
 
     def __repr__(self) -> str:
-        return f"Faithfulness({self.frame['ranking'].nunique()} rankings)\n{self.finding()}"
+        return "\n".join([f"Faithfulness({self.frame['ranking'].nunique()} rankings)", *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.notebook import result_html, table_html
@@ -247,6 +282,15 @@ class Faithfulness:
         rows = rows[rows["super_experts"] == "included"].sort_values(["mode", "score", "ranking"], kind="stable")
         table = table_html(rows[_SHOWN], forms={"gap": "+", "p": ".2f"})
         return result_html(self.findings(), table)
+
+
+def clearest_first(leads: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `Faithfulness.gaps` by p, and by the lead where p is the same (few random sets give few values of p)."""
+    return leads.sort_values(["p", "gap"], ascending=[True, False], kind="stable")
+
+
+def _with_interval(row: Any) -> str:
+    return f"{number(row.gap, '+')} [{number(row.low, '+')}, {number(row.high, '+')}]"
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -81,18 +81,24 @@ class Patching:
         return self.frame[(self.frame["unit"] == unit) & self.frame["position"].isna()]
 
     def finding(self) -> str:
-        """What carries the difference, in plain English, with what limits the answer."""
-        said = [
-            f"{self.target!r} over {self.foil!r}: logit difference {number(self.difference_clean, '.2f')} after clean, "
-            f"{number(self.difference_corrupt, '.2f')} after corrupt. {self.source.capitalize()} writes put into "
-            f"{self.base} at {len(self.patched)} of {len(self._tokens)} positions, {self.routing} routing; "
-            f"{self.score} by unit:",
+        """What carries the difference, in one sentence, with the controls of the largest expert."""
+        return (
+            f"With {self.source} writes of all experts put into {self.base}, the {self.score} of {self.target!r} over "
+            f"{self.foil!r} is {number(self._whole('all')[self.score].iloc[0], '.2f')} (logit difference "
+            f"{number(self.difference_clean, '.2f')} after clean, {number(self.difference_corrupt, '.2f')} after "
+            f"corrupt); {self._about_experts()}."
+        )
+
+    def findings(self) -> list[str]:
+        """`finding`, then layers, coalitions and what limits the answer."""
+        return [
+            self.finding(),
+            f"{len(self.patched)} of {len(self._tokens)} positions are patched, {self.routing} routing.",
             self._about_layers(),
-            self._about_experts(),
             *self._about_coalitions(),
             f"{self.n_patches} patches took {self.n_passes} batched passes.",
+            *(f"{note[0].upper()}{note[1:]}." for note in self.notes),
         ]
-        return " ".join(said + [f"{note[0].upper()}{note[1:]}." for note in self.notes])
 
     @property
     def _tokens(self) -> tuple[str, ...]:
@@ -101,21 +107,20 @@ class Patching:
     def _about_layers(self) -> str:
         layers = self._whole("layer").sort_values("effect", ascending=False, kind="stable")
         each = ", ".join(f"L{row['layer']} {number(row[self.score], '.2f')}" for _, row in layers.head(3).iterrows())
-        together = self._whole("all")[self.score].iloc[0]
-        return f"all experts of all layers {number(together, '.2f')}, of one layer {each}."
+        return f"All experts of one layer: {self.score} {each}."
 
     def _about_experts(self) -> str:
         rows = self.experts
         touched = int(((rows["visits_clean"] > 0) | (rows["visits_corrupt"] > 0)).sum())
         if not touched:
-            return "No expert was visited at these positions."
+            return "no expert was visited at these positions"
         best = rows.iloc[0]
         p = [f"p {best['p_random']:.2f} among {best['n_random'] + 1} of its layer"] if best["n_random"] else []
         if best["n_co_selected"]:
             p.append(f"p {best['p_co_selected']:.2f} against {best['n_co_selected']} choices of co-selected ones")
         controls = f" ({', '.join(p)}; uncorrected for {touched} experts)" if p else ""
         name = f"L{best['layer']}.E{best['expert']}"
-        return f"Largest single expert {name} {number(best[self.score], '.2f')}{controls}."
+        return f"the largest single expert is {name} with {number(best[self.score], '.2f')}{controls}"
 
     def _about_coalitions(self) -> list[str]:
         if not len(self.coalitions):
@@ -143,10 +148,17 @@ class Patching:
         )}  # fmt: skip
         tables = {name: _plain(getattr(self, name)) for name in ("frame", "coalitions", "controls")}
         lists = {name: list(value) for name, value in plain.items() if isinstance(value, tuple)}
-        return {"finding": self.finding(), **plain, **lists, "patched": [list(p) for p in self.patched], **tables}
+        return {
+            "finding": self.finding(),
+            "findings": self.findings(),
+            **plain,
+            **lists,
+            "patched": [list(p) for p in self.patched],
+            **tables,
+        }
 
     def __repr__(self) -> str:
-        return f"Patching({self.direction}, {len(self.experts)} experts)\n{self.finding()}"
+        return "\n".join([f"Patching({self.direction}, {len(self.experts)} experts)", *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.notebook import result_html, table_html
@@ -154,7 +166,7 @@ class Patching:
         rows = self.experts.head(12).drop(columns=["unit", "position"])
         rows.insert(0, "address", [f"L{a}.E{b}" for a, b in zip(rows["layer"], rows["expert"], strict=True)])
         tables = [rows.drop(columns=["layer", "expert"]), *([self.coalitions] if len(self.coalitions) else [])]
-        return result_html(self.finding(), *(table_html(table, headings={"address": "expert"}) for table in tables))
+        return result_html(self.findings(), *(table_html(table, headings={"address": "expert"}) for table in tables))
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -12,6 +12,7 @@ import pandas as pd
 from moe_lens.causal.steering.contrast import Contrast, contrast
 from moe_lens.causal.steering.direction import Direction, Push
 from moe_lens.errors import BadOutput
+from moe_lens.plots import number
 from moe_lens.types import ExpertAddress
 
 if TYPE_CHECKING:
@@ -153,7 +154,10 @@ class Steering:
         score = self.summary().set_index("arm")["score"]
         clean, steered = float(score[CLEAN]), float(score[STEERED])
         if self.settings["target_text"] is not None:
-            return f"log p of {self.settings['target_text']!r} goes from {clean:.2f} to {steered:.2f} nats per token"
+            return (
+                f"log p of {self.settings['target_text']!r} goes from {number(clean, '.2f')} to "
+                f"{number(steered, '.2f')} nats per token"
+            )
         return f"matches of {self.settings['target']!r} cover {steered:.1%} of the text, {clean:.1%} of the clean one"
 
     def _compared(self) -> str:
@@ -181,10 +185,10 @@ class Steering:
         if not self.is_scored:
             return f"{who} change it for {same['changed'].mean():.1f}"
         c = self.contrast
-        interval = "" if math.isnan(c.low) else f" [{c.low:+.3f}, {c.high:+.3f}]"
+        interval = "" if math.isnan(c.low) else f" [{number(c.low, '+')}, {number(c.high, '+')}]"
         return (
-            f"the change of {c.change:+.3f} is {c.difference:+.3f}{interval} beyond {who}, rank p = {c.p:.2f} "
-            f"(never below {1 / (c.n_controls + 1):.2f} with {c.n_controls})"
+            f"the change of {number(c.change, '+')} is {number(c.difference, '+')}{interval} beyond {who}, "
+            f"rank p = {c.p:.2f} (never below {1 / (c.n_controls + 1):.2f} with {c.n_controls})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,8 +224,8 @@ class Steering:
         shown = self.side_by_side
         head = "".join(f"<th style='text-align:left'>{escape(title)}</th>" for title in ["prompt", *shown.values()])
         body = ""
-        for number, prompt in enumerate(self.settings["prompts"]):
-            cells = [prompt, *(self.text(number, arm) for arm in shown)]
+        for at, prompt in enumerate(self.settings["prompts"]):
+            cells = [prompt, *(self.text(at, arm) for arm in shown)]
             style = "white-space:pre-wrap;text-align:left;vertical-align:top"
             body += "<tr>" + "".join(f"<td dir='auto' style='{style}'>{escape(cell)}</td>" for cell in cells) + "</tr>"
         columns = ["arm", "address", "load", "strength", "kl", "changed", "score", "change"]

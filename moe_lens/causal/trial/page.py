@@ -26,14 +26,12 @@ def page(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> str:
     """
     s = trial.settings
     by_kind, verdicts = tables(trial, real, order)
-    supported = real[real["verdict"] == str(Verdict.SUPPORTED)]["exclusive"].value_counts()
-    words = ", ".join(f"{supported.get(str(word), 0)} {word}" for word in Exclusive)
     lines = [
         "# Labels on trial", "", trial.finding(), "",
         f"Model {s.get('model')}, text {s.get('corpus')}: {s.get('n_predictions', 0):,} predictions in "
         f"{s.get('n_documents', 0):,} held-out documents, live routing, horizon {s.get('horizon')}. Judge: "
         f"{s.get('judge') or 'the rules and concepts of the labels'}. An expert counts as needed from "
-        f"{s.get('delta', float('nan')):.3g} nats per token in both modes. Supported: {words}. {_fit(trial.frame)}", "",
+        f"{s.get('delta', float('nan')):.3g} nats per token in both modes. {' '.join(trial.findings()[1:])}", "",
         *_markdown(by_kind), "",
         "effect: nats per token that visited tokens of the label lose without the expert. need: the same beyond a "
         "co-selected one at equal gates; the mode with the smaller need is shown. routing: AUROC of the label for the "
@@ -57,16 +55,23 @@ def tables(trial: Trial, real: pd.DataFrame, order: Sequence[Verdict]) -> tuple[
     return _by_kind(trial.summary(), order), _verdicts(real)
 
 
-def _fit(frame: pd.DataFrame) -> str:
+def about_supported(real: pd.DataFrame) -> list[str]:
+    """How many of the supported labels name a place where the expert is needed more than at its other visits."""
+    supported = real[real["verdict"] == str(Verdict.SUPPORTED)]["exclusive"].value_counts()
+    words = ", ".join(f"{supported.get(str(word), 0)} {word}" for word in Exclusive)
+    return [f"Need of supported labels beside that at their experts' other visits: {words}."] if len(supported) else []
+
+
+def assignment(frame: pd.DataFrame) -> list[str]:
     """Whether labels fit their own experts better than each other's, over layers and modes."""
     rows = frame[frame["label_kind"] == REAL].drop_duplicates(["layer", "mode"])
     rows = rows[rows["p_assignment"].notna() & (rows["p_assignment_floor"] <= 0.05)]  # few labels show nothing
     if not len(rows):
-        return ""
-    return (
+        return []
+    return [
         "Labels fit their own experts better than one another's (p up to .05, uncorrected) in "
         f"{int((rows['p_assignment'] <= 0.05).sum())} of {len(rows)} pairs of layer and mode."
-    )
+    ]
 
 
 def _by_kind(summary: pd.DataFrame, order: Sequence[Verdict]) -> pd.DataFrame:

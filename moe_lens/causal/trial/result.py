@@ -122,6 +122,12 @@ class Trial:
             + "."
         )
 
+    def findings(self) -> list[str]:
+        """`finding`, then where supported labels are needed, and whether labels fit their own experts best."""
+        from moe_lens.causal.trial.page import about_supported, assignment
+
+        return [self.finding(), *about_supported(self._real), *assignment(self.frame)]
+
     def to_markdown(self) -> str:
         """One page: what was tried, the finding, verdicts by kind, every label's numbers (validation.md)."""
         from moe_lens.causal.trial.page import page
@@ -136,6 +142,7 @@ class Trial:
         return {
             "run": str(self.run.path) if self.run else None,
             "finding": self.finding(),
+            "findings": self.findings(),
             "settings": dict(self.settings),
             "summary": _plain(self.summary()),
             "labels": _plain(self.verdicts),
@@ -156,13 +163,13 @@ class Trial:
         return verdict_plane(self, self._weakest) if address is None else one_expert(self, self[address])
 
     def __repr__(self) -> str:
-        return f"Trial({len(self.verdicts)} labels)\n{self.finding()}"
+        return "\n".join([f"Trial({len(self.verdicts)} labels)", *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.causal.trial.page import tables
         from moe_lens.notebook import result_html, table_html
 
-        return result_html(self.finding(), *map(table_html, tables(self, self._real, VERDICT_ORDER)))
+        return result_html(self.findings(), *map(table_html, tables(self, self._real, VERDICT_ORDER)))
 
 
 def _plain(table: pd.DataFrame) -> list[dict[Any, Any]]:

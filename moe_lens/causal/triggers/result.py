@@ -114,16 +114,23 @@ class Triggers:
         return rows.sort_values(["layer", "expert"], ignore_index=True)
 
     def finding(self) -> str:
-        """The result in a few sentences, with its nulls."""
-        once, experts, counts = self._once, self._experts, self.outcomes
+        """The result in one sentence, with its nulls."""
+        counts = self.outcomes
+        return (
+            f"{counts[CAUSAL]} of {len(self._experts)} experts raise their targets at their triggers: taking the "
+            f"expert away there lowers the target in {' and '.join(self.modes)}, more than taking away experts chosen "
+            "beside it or experts with like gates elsewhere, and more than it lowers other experts' targets (q < .05); "
+            f"{counts[NOT_SHOWN]} not shown, {counts[TOO_FEW]} with too few texts."
+        )
+
+    def findings(self) -> list[str]:
+        """`finding`, then what became of the cases, then the experts' rank by direct attribution."""
+        once = self._once
         n_used, n_routed = int(once["used"].sum()), int((once["used"] & once["routed"]).sum())
         said = [
-            f"{counts[CAUSAL]} of {len(experts)} experts raise their targets at their triggers: taking the expert away "
-            f"there lowers the target in {' and '.join(self.modes)}, more than taking away experts chosen beside it or "
-            "experts with like gates elsewhere, and more than it lowers other experts' targets (q < .05); "
-            f"{counts[NOT_SHOWN]} not shown, {counts[TOO_FEW]} with too few texts.",
+            self.finding(),
             f"{n_used} of {len(once)} cases can be measured, and in {n_routed} of them the expert is chosen at the "
-            f"trigger ({_percent(experts['routed_elsewhere'].mean())} of the other tokens of the texts).",
+            f"trigger ({_percent(self._experts['routed_elsewhere'].mean())} of the other tokens of the texts).",
         ]
         ranked = once[once["used"] & once["rank"].notna()]
         with_controls = ranked[ranked["ranks_matched"].map(len) > 0]
@@ -134,13 +141,13 @@ class Triggers:
                 f" of these, and an expert with a like gate elsewhere in {_percent(matched)} (chance alone would be "
                 f"{_percent((1 / with_controls['n_chosen']).mean())})."
             )
-        return " ".join(said)
+        return said
 
     def to_markdown(self) -> str:
-        """One page: the finding, cases by defect, one line per expert (triggers.md)."""
+        """One page: the findings, cases by defect, one line per expert (triggers.md)."""
         s = self.settings
         lines = [
-            "# Trigger-target cases", "", self.finding(), "",
+            "# Trigger-target cases", "", " ".join(self.findings()), "",
             f"Model {s.get('model')}, {len(self._once)} cases, live routing, seed {s.get('seed')}; differences between "
             f"two clean passes reach {s.get('noise_floor', np.nan):.2g} nats (99th percentile).", "",
             *(f"{note}\n" for note in s.get("notes", ())),
@@ -228,17 +235,18 @@ class Triggers:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
         return {
-            "run": self.settings.get("run"), "finding": self.finding(), "outcomes": self.outcomes,
-            "defects": self.defects, "settings": dict(self.settings), "experts": self.frame.to_dict("records"),
+            "run": self.settings.get("run"), "finding": self.finding(), "findings": self.findings(),
+            "outcomes": self.outcomes, "defects": self.defects, "settings": dict(self.settings),
+            "experts": self.frame.to_dict("records"),
         }  # fmt: skip
 
     def __repr__(self) -> str:
-        return f"Triggers({len(self._experts)} experts, {len(self._once)} cases)\n{self.finding()}"
+        return "\n".join([f"Triggers({len(self._experts)} experts, {len(self._once)} cases)", *self.findings()])
 
     def _repr_html_(self) -> str:
         from moe_lens.notebook import result_html, table_html
 
-        return result_html(self.finding(), table_html(self.lines()))
+        return result_html(self.findings(), table_html(self.lines()))
 
 
 def _percent(value: float) -> str:

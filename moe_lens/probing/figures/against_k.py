@@ -36,9 +36,10 @@ def against_k(comparison: pd.DataFrame, *, metric: str = "f1_balanced") -> go.Fi
     Args:
         comparison: ``comparison.parquet``; only its rows of concept ``__mean__`` are drawn.
 
-    Bands are 95 % intervals over documents. Dotted is the probe that always says yes (for AUROC, chance), grey bars
-    at k=1 hold 95 % of the scores under exchanged labels, where the null was run. Does not show whether more neurons
-    carry the concept or only fit it better; from k=2 on only the best cells at k=1 were probed.
+    Bands are 95 % intervals over documents. Dotted is the probe that always says yes (for AUROC, chance). Hatched
+    bands hold 95 % of the scores under exchanged labels, with their mean as a thin line; a bar, where there is a null
+    at one k only. Does not show whether more neurons carry the concept or only fit it better; from k=2 on only the best
+    cells at k=1 were probed, with the true labels and with exchanged ones.
 
     Raises:
         BadConfig: a metric that was not computed.
@@ -55,6 +56,8 @@ def against_k(comparison: pd.DataFrame, *, metric: str = "f1_balanced") -> go.Fi
     plot = WIDTH - _LEFT - _RIGHT
     figure = make_subplots(1, len(panels), horizontal_spacing=_BETWEEN / plot)
     title, subtitle = _titles(means[means.metric == metric])
+    if _has_band(means):
+        subtitle += "; hatched: labels exchanged"
     layout(figure, title, subtitle, width=WIDTH, height=HEIGHT, left=_LEFT, right=_RIGHT, above=14)
     for column, name in enumerate(panels, 1):
         _panel(figure, means[means.metric == name], name, column, plot / len(panels) - _BETWEEN)
@@ -79,7 +82,8 @@ def _titles(means: pd.DataFrame) -> tuple[str, str]:
 def _panel(figure: go.Figure, means: pd.DataFrame, metric: str, column: int, pixels: float) -> None:
     at: dict[str, Any] = {"row": 1, "col": column}
     ks = sorted(set(means[means.arm == "held_out"].k))
-    ends: list[tuple[str, str, float]] = []
+    null = means[means.arm == "null"].sort_values("k")
+    ends: list[tuple[str, str, float]] = _null_bands(figure, null, at) if _has_band(means) else []
     for arm, opacity, width in _LINES:
         rows = means[means.arm == arm].sort_values("k")
         for role in NAMES:
@@ -92,7 +96,8 @@ def _panel(figure: go.Figure, means: pd.DataFrame, metric: str, column: int, pix
     ends += _chance(figure, means[means.arm == "held_out"].sort_values("k"), metric, at)
     span = max(math.log10(ks[-1] / ks[0]), 0.6)
     start, end = math.log10(ks[0]) - 0.07 * span, math.log10(ks[-1]) + span * _LABEL / (pixels - _LABEL)
-    _null(figure, means[means.arm == "null"], 4 * (end - start) / pixels, at)
+    if not _has_band(means):
+        _null_bars(figure, null, 4 * (end - start) / pixels, at)
     low, high = float(np.nanmin(shown)), float(np.nanmax(shown))
     room = 0.06 * (high - low + 1e-3)
     low, high = low - room, high + room
@@ -147,7 +152,35 @@ def _chance(figure: go.Figure, rows: pd.DataFrame, metric: str, at: dict[str, An
     return ends
 
 
-def _null(figure: go.Figure, rows: pd.DataFrame, step: float, at: dict[str, Any]) -> None:
+def _has_band(means: pd.DataFrame) -> bool:
+    return means.k[means.arm == "null"].nunique() > 1
+
+
+def _null_bands(figure: go.Figure, rows: pd.DataFrame, at: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """What 95 % of exchanges score at each k, hatched, and their mean. Returns name, colour and last mean of each."""
+    ends = []
+    for role, model in NAMES.items():
+        known = rows[rows[f"{role}_low"].notna()]
+        if known.empty:
+            continue
+        colour, name, low, high = MODEL_COLOURS[role], f"{model} null", known[f"{role}_low"], known[f"{role}_high"]
+        clear = faint(colour, 0)
+        hatch = {"shape": "/", "size": 5, "solidity": 0.25, "fgcolor": colour, "fgopacity": 0.35, "bgcolor": clear}
+        figure.add_scatter(
+            x=[*known.k, *known.k[::-1]], y=[*high, *low[::-1]], fill="toself", fillpattern=hatch,
+            line={"width": 0}, mode="lines", hoverinfo="skip", name=f"{name} band", **at,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=known.k, y=known[role], mode="lines", name=name, customdata=list(zip(low, high, strict=True)),
+            line={"color": faint(colour, 0.7), "width": 0.8},
+            hovertemplate=f"<b>{name}</b>, labels exchanged, k=%{{x}}<br>mean %{{y:.3f}}, 95 % in "
+                          "%{customdata[0]:.3f} to %{customdata[1]:.3f}<extra></extra>", **at,
+        )  # fmt: skip
+        ends.append((name, faint(colour, 0.75), float(known[role].iloc[-1])))
+    return ends
+
+
+def _null_bars(figure: go.Figure, rows: pd.DataFrame, step: float, at: dict[str, Any]) -> None:
     """A bar for either model, `step` of the log axis to either side of their k."""
     for row in rows.to_dict("records"):
         for side, role in enumerate(NAMES):

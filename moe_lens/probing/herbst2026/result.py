@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lens.errors import BadCorpus
+from moe_lens.plots import number
 from moe_lens.probing.compare import MEAN
 from moe_lens.probing.published import Published, read_published
 from moe_lens.probing.released import COLUMNS, DENSE, NOT_FITTED, SCORES
@@ -102,7 +103,7 @@ class Herbst2026:
             return " and ".join(format(row[f"{column}_{side}"], form) for side in sides)
 
         who = " and ".join(self.models[SIDES.index(side)] for side in sides)
-        gap = f" ({row['gap']:+.3f})" if len(sides) == 2 else ""
+        gap = f" ({number(row['gap'], '+')})" if len(sides) == 2 else ""
         return (
             f"By the protocol of arXiv 2604.02178 the best cell of {who} reads a concept with a mean k={k} F1 of "
             f"{of('f1')}{gap}, but that cell is the best of {of('n_cells', '.0f')} by the very score reported, a probe "
@@ -186,7 +187,7 @@ class Herbst2026:
         gap, low, high = row[["gap", "ci_low", "ci_high"]]
         if row["moe"] != self._stems[self.models[0]]:  # the published gap is MoE minus dense, ours model minus baseline
             gap, low, high = -gap, -high, -low
-        return f"; with one random expert a layer {gap:+.3f} [{low:+.3f}, {high:+.3f}] is left"
+        return f"; with one random expert a layer {number(gap, '+')} [{number(low, '+')}, {number(high, '+')}] is left"
 
 
 def released(cells: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from moe_lens.plots import number
 from moe_lens.probing.polysemanticity.compare import MEASURES
 from moe_lens.probing.polysemanticity.neurons import FDR
 
@@ -66,11 +67,11 @@ class Polysemanticity:
         verdict = "below" if high < 0 else "above" if low > 0 else "not distinguishable from"
         return (
             f"Matched on firing rate, an MoE neuron serves {_value(ratio, 'moe')} concept groups and a dense neuron "
-            f"{_value(ratio, 'dense')} (noise-corrected participation ratio; gap {ratio['gap']:+.3f} [{low:+.3f}, "
-            f"{high:+.3f}], {verdict} zero; only groups that are found count, so power counts too), "
-            f"{two['moe']:.1%} and {two['dense']:.1%} of them detect two or more with "
-            f"AUROC above .65; {ratio['n_moe']} and {ratio['n_dense']} neurons are compared, of {found['moe']} and "
-            f"{found['dense']} significant ones and {self._count('moe')} and {self._count('dense')} in all."
+            f"{_value(ratio, 'dense')} (noise-corrected participation ratio; gap {number(ratio['gap'], '+')} "
+            f"[{number(low, '+')}, {number(high, '+')}], {verdict} zero; only groups that are found count, so power "
+            f"counts too), {two['moe']:.1%} and {two['dense']:.1%} of them detect two or more with AUROC above .65; "
+            f"{ratio['n_moe']} and {ratio['n_dense']} neurons are compared, of {found['moe']} and {found['dense']} "
+            f"significant ones and {self._count('moe')} and {self._count('dense')} in all."
         )
 
     def headline(self) -> str:

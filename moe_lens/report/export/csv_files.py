@@ -17,11 +17,28 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
 
 
+_README = """# moe-lens: {model}
+
+One CSV file for each table of a run of moe-lens {version} on `{corpus}`: UTF-8, commas, a line of headings. A cell that
+is a list (neurons, tokens) is JSON; an empty cell is a missing value. `manifest.json` holds settings, versions and
+hashes.
+
+Read one with `pandas.read_csv("labels.csv", keep_default_na=False, na_values=[""])`: the tokens `NA` and `null` are
+text. The folder has no folders of the machine that made it in it and can be passed on as it is; `exemplars.csv` quotes
+the text that the run read.
+"""
+
+
 def write(run: Run, folder: Path) -> None:
-    """``TABLE.csv`` for each table, UTF-8, and the manifest."""
+    """``TABLE.csv`` for each table, UTF-8, the manifest, and how to read them."""
     for name, table in run.tables().items():
         lists_as_json(table).to_csv(folder / f"{name}.csv", index=False, encoding="utf-8")
-    write_json(folder / MANIFEST, without_folders(run.manifest))
+    manifest = without_folders(run.manifest)
+    write_json(folder / MANIFEST, manifest)
+    readme = _README.format(
+        model=manifest["model"]["name"], version=manifest["packages"]["moe-lens"], corpus=manifest["corpus"]["id"]
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def lists_as_json(table: pd.DataFrame) -> pd.DataFrame:

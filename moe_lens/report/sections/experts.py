@@ -8,6 +8,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from moe_lens.errors import OutOfRange
+from moe_lens.report.missing import command
 from moe_lens.report.parts import Cards, Missing, Part, Section, Table
 
 if TYPE_CHECKING:
@@ -30,10 +31,9 @@ _FORMS = {
 
 def section(run: Run, say: Claims) -> Section:
     """The table, with whatever the run knows of each expert, and the cards of those with exemplars."""
-    name, parts = run.manifest["model"]["name"], []
+    parts: list[Part] = []
     if not run.has("routing"):
-        missing = Missing("Experts", f"moe-lens probe --model {name} -o DIR")
-        return Section("experts", "Experts", "", (missing,))
+        return Section("experts", "Experts", "", (Missing("Experts", command(run, "probe")),))
     table = _table(run, say)
     parts.append(
         Table("expert-table", "All experts", table, _sources(run), headings=_HEADINGS, forms=_FORMS, search=True,
@@ -41,12 +41,9 @@ def section(run: Run, say: Claims) -> Section:
               links="address" if run.has("exemplars") else None)
     )  # fmt: skip
     parts += _cards(run, table["address"].tolist())
-    for needed, what, command in (
-        ("labels", "Labels", f"moe-lens autointerp --model {name} -o DIR"),
-        ("validation", "Verdicts on labels", f"moe-lens validate --model {name} -o DIR"),
-    ):
+    for needed, what, name in (("labels", "Labels", "autointerp"), ("validation", "Verdicts on labels", "validate")):
         if not run.has(needed):
-            parts.append(Missing(what, command))
+            parts.append(Missing(what, command(run, name)))
     lead = Markup("{} experts.").format(say.count("routing", where={"role": "moe"}, distinct=_KEY))
     if run.has("exemplars"):
         lead += " Click an address for its card; the address of the page then leads there again."
@@ -91,8 +88,7 @@ def _sources(run: Run) -> str:
 
 def _cards(run: Run, addresses: list[str]) -> list[Part]:
     if not run.has("exemplars"):
-        command = f"moe-lens autointerp --model {run.manifest['model']['name']} -o DIR"
-        return [Missing("Exemplars and cards", command)]
+        return [Missing("Exemplars and cards", command(run, "autointerp"))]
     cards, n = {}, 8 if len(addresses) <= _MANY else 4
     for address in addresses:
         try:

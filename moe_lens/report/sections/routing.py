@@ -10,6 +10,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from moe_lens import plots
+from moe_lens.report.missing import command
 from moe_lens.report.parts import Figure, Missing, Part, Section
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ _VALUES = 30
 def section(run: Run, say: Claims) -> Section:
     """Load, entropy, domains and co-activation, of which the run has all or none."""
     if not run.has("routing"):
-        missing = Missing("Routing", f"moe-lens probe --model {run.manifest['model']['name']} -o DIR")
+        missing = Missing("Routing", command(run, "probe"))
         return Section("routing", "Routing", "", (missing,))
     routing = say.table("routing")
     routed = routing[routing["role"] == "moe"]
     parts: list[Part] = [_load(routed)]
-    if run.has("routing_fields"):
+    if run.has("routing_fields") and len(say.table("routing_fields")):
         parts += [_by_field(say.table("routing_fields"), name) for name in ("domain", "kind")]
         parts = [part for part in parts if not isinstance(part, Figure) or len(part.rows)]
     if run.has("coactivation") and len(say.table("coactivation")):
@@ -86,19 +87,20 @@ def _load(routed: pd.DataFrame) -> Figure:
 
 def _by_field(fields: pd.DataFrame, name: str) -> Figure:
     rows = fields[fields["field"] == name]
+    if not len(rows):
+        return Figure(f"routing-{name}", "", "", {}, rows, "")
     most = rows.drop_duplicates("value").nlargest(_VALUES, "n_documents")["value"]
-    rows = rows[rows["value"].isin(most)]
-    figures = {f"layer {layer}": _heat(part, name) for layer, part in rows.groupby("layer")}
+    shown = rows[rows["value"].isin(most)]
+    n = rows["value"].nunique()
+    figures = {f"layer {layer}": _heat(part, name, n) for layer, part in shown.groupby("layer")}
     made = {at: Figure.of(f"routing-{name}", figure, rows=rows, source="routing_fields.parquet")
             for at, figure in figures.items()}  # fmt: skip
-    if not made:
-        return Figure(f"routing-{name}", "", "", {}, rows, "")
     first = next(iter(made.values()))
     choices = {at: one.plot for at, one in made.items()} if len(made) > 1 else None
     return Figure(first.id, first.title, first.subtitle, first.plot, rows, first.source, choices, "layer")
 
 
-def _heat(rows: pd.DataFrame, name: str) -> go.Figure:
+def _heat(rows: pd.DataFrame, name: str, n: int) -> go.Figure:
     import plotly.graph_objects as go
 
     lift = rows.pivot(index="value", columns="expert", values="lift")
@@ -120,6 +122,8 @@ def _heat(rows: pd.DataFrame, name: str) -> go.Figure:
         f"How much more often tokens of a {name} visit an expert than tokens of the whole text do. Rows are in order "
         "of the expert that stands out most; few documents make large ratios."
     )
+    if len(lift) < n:
+        subtitle += f"<br>The {len(lift)} with most documents of {n}; the download has them all."
     height = 150 + 19 * len(lift)
     plots.layout(figure, title, subtitle, width=860, height=height, left=150)
     figure.update_xaxes(title="expert")

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from moe_lens.causal.trial.result import Trial
+from moe_lens.causal.trial.claims import REAL
+from moe_lens.causal.trial.result import VERDICT_ORDER, Trial
+from moe_lens.causal.trial.verdict import Verdict
+from moe_lens.report.claims import Claim
 from moe_lens.report.parts import Figure, Part, Section, Table
 
 if TYPE_CHECKING:
@@ -15,11 +18,12 @@ if TYPE_CHECKING:
     from moe_lens.capture.run import Run
     from moe_lens.report.claims import Claims
 
+_LABEL = ("label_kind", "layer", "expert", "facet")
 _SHOWN = ("address", "facet", "label", "verdict", "exclusive", "need", "need_low", "need_high", "q", "auroc_routing",
           "lift", "n_docs_z1r1", "mode")  # fmt: skip
 _HEADINGS = {
-    "address": "expert", "n_docs_z1r1": "documents", "auroc_routing": "routing AUROC", "need_low": "from",
-    "need_high": "to", "exclusive": "needed elsewhere too?", "label_kind": "labels",
+    "address": "expert", "n_docs_z1r1": "documents", "auroc_routing": "routing AUROC", "need": "need, nats",
+    "exclusive": "exclusive need?", "label_kind": "labels", "n": "labels with it", "mode": "ablation",
 }  # fmt: skip
 _FORMS = {
     **dict.fromkeys(("need", "need_low", "need_high", "exclusivity"), ".4f"),
@@ -39,9 +43,11 @@ def section(run: Run, say: Claims) -> Section | None:
     parts: list[Part] = [
         Figure.of("trial-plane", trial.plot(), rows=_rows(trial.frame), source="validation.parquet"),
         Table("trial-verdicts", "Verdicts on labels", weakest, "validation.parquet", headings=_HEADINGS, forms=_FORMS,
-              search=True, filters=("verdict",), links="address" if run.has("exemplars") else None),
+              intervals={"need": ("need_low", "need_high")}, search=True, filters=("verdict",),
+              links="address" if run.has("exemplars") else None),
         Table("trial-kinds", "True and false labels by verdict", trial.summary(), "validation.parquet",
-              headings=_HEADINGS, forms=_FORMS, filters=("label_kind", "verdict")),
+              headings=_HEADINGS, forms=_FORMS, intervals={"share": ("low", "high")},
+              filters=("label_kind", "verdict")),
     ]  # fmt: skip
     if by_expert:
         first = next(iter(by_expert.values()))
@@ -51,11 +57,36 @@ def section(run: Run, say: Claims) -> Section | None:
             Figure("trial-expert", "One expert on trial", first.subtitle, first.plot, rows, "validation.parquet",
                    choices, "expert")
         )  # fmt: skip
-    lead = Markup(
-        "{} A label is supported if its expert is visited where it holds, and the model predicts worse there without "
+    return Section("trial", "Labels on trial", _lead(run, say), tuple(parts))
+
+
+def _lead(run: Run, say: Claims) -> Markup:
+    real = {"label_kind": REAL}
+    counts = [
+        Markup("{} {}").format(say.count("validation", where={**real, "verdict": verdict}, distinct=_LABEL), verdict)
+        for verdict in map(str, VERDICT_ORDER)
+    ]
+    said = Markup("Of {} labels on trial{}: {}.").format(
+        say.count("validation", where=real, distinct=_LABEL), _sample(run, say), Markup(", ").join(counts)
+    )
+    false = {"label_kind": {"!=": REAL}}
+    if say.number(Claim("validation", false, "count")):
+        said += Markup(" Of {} false labels, {} supported.").format(
+            say.count("validation", where=false, distinct=_LABEL),
+            say.count("validation", where={**false, "verdict": str(Verdict.SUPPORTED)}, distinct=_LABEL),
+        )
+    return said + Markup(
+        " A label is supported if its expert is visited where it holds, and the model predicts worse there without "
         "that expert than without another one chosen beside it. Both ablation modes must agree."
-    ).format(trial.finding())
-    return Section("trial", "Labels on trial", lead, tuple(parts))
+    )
+
+
+def _sample(run: Run, say: Claims) -> Markup:
+    if not run.manifest["commands"].get("validate", {}).get("settings", {}).get("is_sample"):
+        return Markup("")
+    return Markup(", a sample of {} that holds experts of all loads").format(
+        say.fact("commands.validate.settings.n_labels")
+    )
 
 
 def _of_expert(trial: Trial, address: str) -> Figure:

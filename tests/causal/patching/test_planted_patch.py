@@ -72,7 +72,7 @@ def test_experts_that_neither_prompt_visits_are_not_visited(found):
     assert dict(zip(rows.index, map(tuple, visits), strict=True)) == {
         3: (1, 0), 0: (1, 0), 4: (0, 1), 1: (0, 1), 2: (0, 0), 5: (0, 0),
     }  # fmt: skip
-    assert "2 experts are visited by the corrupt prompt only" in found.finding()
+    assert "2 experts are visited by the corrupt prompt only" in " ".join(found.findings())
 
 
 def test_the_cause_beats_every_control_and_what_is_no_cause_does_not(found):
@@ -114,10 +114,10 @@ def test_every_draw_is_a_function_of_the_seed():
 
 def test_the_result_says_what_limits_it(found):
     said = found.finding()
-    assert "'!' over 'a': logit difference" in said
-    assert "Largest single expert L0.E3 1.00 (p 0.25 among 4 of its layer" in said
+    assert "recovery of '!' over 'a' is 1.00 (logit difference" in said
+    assert "the largest single expert is L0.E3 with 1.00 (p 0.25 among 4 of its layer" in said
     assert "uncorrected for 4 experts" in said
-    assert f"{found.n_patches} patches took {found.n_passes} batched passes" in said
+    assert f"{found.n_patches} patches took {found.n_passes} batched passes" in " ".join(found.findings())
     assert "<table" in found._repr_html_()
     json.dumps(found.to_dict(), allow_nan=False)
 

@@ -146,11 +146,14 @@ def test_an_expert_that_was_not_on_trial_is_refused(found: Trial) -> None:
         found.plot("L0.E1")
 
 
-def test_the_terminal_shows_one_line_a_label_and_the_rest_as_a_number(found: Trial, capsys: Any) -> None:
-    render_trial.trial(found, n_shown=2)
+def test_the_terminal_shows_one_line_a_label_and_the_rest_as_a_number(
+    found: Trial, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render_trial, "N_SHOWN", 2)
+    render_trial.trial(found)
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if line.startswith(" L1.")] == ["L1.E3", "L1.E4"]
-    assert "1 more in validation.parquet" in " ".join(out.split())
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("L1.")] == ["L1.E3", "L1.E4"]
+    assert "1 more labels with --details" in " ".join(out.split())
     assert "200 [100, 300]" in out
     assert "a | b and a" in out
     assert "…" in out

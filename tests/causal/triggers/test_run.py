@@ -54,7 +54,7 @@ def test_cases_that_cannot_be_used_stay_with_their_defects(lens: Lens, tmp_path:
 def test_a_folder_of_unusable_cases_is_a_finding(lens: Lens, tmp_path: Path) -> None:
     found = measure(lens, planted.write(tmp_path, {"L0-E1": [("abc", "Y", "u")]}))
     assert found.outcomes == {"causal": 0, "not shown": 0, "too few": 1}
-    assert "0 of 1 cases can be measured" in found.finding()
+    assert "0 of 1 cases can be measured" in found.findings()[1]
     found.plot()
     found.to_markdown()
 
