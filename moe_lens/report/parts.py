@@ -42,6 +42,8 @@ class Figure:
     """What the menu is called."""
     picks: tuple[str, str] | None = None
     """Table and its filter that a click on a point sets to the point's ``customdata``."""
+    rows_of: str | None = None
+    """Another part with the same rows, which the page then holds once."""
 
     kind = "figure"
 
@@ -68,7 +70,8 @@ class Figure:
 
     def to_dict(self) -> dict[str, Any]:
         """What the page's script needs."""
-        return {"plot": self.plot, "choices": self.choices, "picks": self.picks, **columns_of(self.rows)}
+        rows = columns_of(self.rows) if self.rows_of is None else {"rows_of": self.rows_of}
+        return {"plot": self.plot, "choices": self.choices, "picks": self.picks, **rows}
 
 
 @dataclass(frozen=True, eq=False)

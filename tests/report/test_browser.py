@@ -240,7 +240,7 @@ def test_nasty_text_shows_as_text(open_page: Any) -> None:
     assert seen.page.locator("script").count() == ours + drawn
 
 
-@pytest.mark.parametrize("part", ["probing-best", "routing-domain", "trial-plane"])
+@pytest.mark.parametrize("part", ["probing-best", "routing-domain", "trial-plane", "trial-expert"])
 def test_download_gives_the_rows(open_page: Any, full: Path, tmp_path: Path, part: str) -> None:
     seen = open_page(accept_downloads=True)
     with seen.page.expect_download() as waited:

@@ -52,10 +52,9 @@ def section(run: Run, say: Claims) -> Section | None:
     if by_expert:
         first = next(iter(by_expert.values()))
         choices = {address: figure.plot for address, figure in by_expert.items()}
-        rows = _rows(trial.frame)
         parts.append(
-            Figure("trial-expert", "One expert on trial", first.subtitle, first.plot, rows, "validation.parquet",
-                   choices, "expert")
+            Figure("trial-expert", "One expert on trial", first.subtitle, first.plot, _rows(trial.frame),
+                   "validation.parquet", choices, "expert", rows_of="trial-plane")
         )  # fmt: skip
     return Section("trial", "Labels on trial", _lead(run, say), tuple(parts))
 

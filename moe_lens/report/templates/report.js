@@ -62,7 +62,7 @@ function csv(columns) {
 document.addEventListener("click", (event) => {
   const id = event.target.dataset && event.target.dataset.rows;
   if (!id) return;
-  const url = URL.createObjectURL(new Blob([csv(partOf(id).columns)], { type: "text/csv" }));
+  const url = URL.createObjectURL(new Blob([csv(partOf(partOf(id).rows_of || id).columns)], { type: "text/csv" }));
   make("a", "", { href: url, download: `${id}.csv` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 });
