@@ -16,7 +16,7 @@ import moe_lens as ml
 from moe_lens.causal.effects import Effects
 from moe_lens.causal.faithfulness.measure import Measured
 from moe_lens.causal.faithfulness.plan import predict_passes, seconds_per_pass
-from moe_lens.causal.faithfulness.result import Faithfulness
+from moe_lens.causal.faithfulness.result import Faithfulness, clearest_first
 from moe_lens.causal.faithfulness.run import faithfulness
 from moe_lens.causal.faithfulness.sets import Bins
 from moe_lens.causal.faithfulness.tables import SCORES
@@ -360,3 +360,8 @@ def test_on_the_bundled_model_the_screen_finds_experts_that_matter_more_than_ran
     assert (rows["low"] > 0).all()
     assert (rows["p"] < 0.05).all()
     assert result.super_experts == []
+
+
+def test_the_clearest_lead_is_the_one_with_the_lowest_p_and_then_the_largest() -> None:
+    leads = pd.DataFrame({"ranking": ["a", "b", "c"], "p": [0.10, 0.05, 0.05], "gap": [0.30, 0.10, 0.20]})
+    assert clearest_first(leads)["ranking"].tolist() == ["c", "b", "a"]
