@@ -139,6 +139,8 @@ def read_labels(path: str | Path, spec: Spec | None = None) -> pd.DataFrame:
     path = Path(path)
     rows = []
     for line, row in enumerate(_read(path), start=2):
+        if (row.get("status") or str(Status.OK)) != str(Status.OK):  # our own tables, exported, hold abstentions too
+            continue
         try:
             checked = _checked(row)
             if spec is not None:

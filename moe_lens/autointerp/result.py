@@ -148,8 +148,8 @@ class Labels:
         return (
             f"{said}, and on tokens of the same id that were not routed {judge} gives them a mean AUROC of "
             f"{mean.auroc:.3f} [{mean.ci_low:.3f}, {mean.ci_high:.3f}] (a table of token pairs {mean.bigram:.3f}, of "
-            f"tokens {mean.unigram:.3f}{null}): {int(mean.n_above_bigram)} of {int(mean.n_experts)} predict routing "
-            "better than the pair table."
+            f"tokens {mean.unigram:.3f}{null}): {int(mean.n_above_bigram)} of {int(mean.n_experts)} surely "
+            "predict routing better than the pair table."
         )
 
     def findings(self) -> list[str]:

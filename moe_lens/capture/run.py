@@ -103,7 +103,7 @@ class Run:
         """Read a table.
 
         Raises:
-            BadOutput: the run has no such table.
+            BadOutput: the run has no such table, or its file is damaged.
         """
         import pandas as pd
 
@@ -111,7 +111,12 @@ class Run:
         if not path.exists():
             have = ", ".join(p.stem for p in self._table_paths()) or "none yet"
             raise BadOutput(f"{self.path} has no table {name!r}; it has: {have}")
-        return pd.read_parquet(path)
+        try:
+            return pd.read_parquet(path)
+        except (ValueError, OSError) as error:  # pyarrow's errors are either
+            raise BadOutput(
+                f"{path.name} is damaged: put its copy back, or run the command that wrote it again"
+            ) from error
 
     def of_expert(self, name: str, at: ExpertAddress) -> pd.DataFrame:
         """Rows of one expert, without reading those of the others."""

@@ -413,7 +413,7 @@ def _zip_all(values: Sequence[Any], join: Callable[..., Tensor]) -> Any:
 def _differs(got: Tensor, wanted: Tensor, clean: Tensor, real: Tensor) -> str:
     """Why `got` is not `wanted` up to rounding, "" if it is."""
     is_low = wanted.dtype.itemsize < 4
-    got, wanted, clean = (x[real].double() for x in (got, wanted, clean))
+    got, wanted, clean = (x.detach()[real].double() for x in (got, wanted, clean))
     off, effect = (got - wanted).abs(), (wanted - clean).abs()
     is_rounding = float(off.max()) <= ROUNDING * float(wanted.abs().max())
     if is_rounding or (is_low and float(off.norm()) <= OF_EFFECT * float(effect.norm())):

@@ -10,6 +10,9 @@ import typer
 from moe_lens.cli.options import Json, Verbose
 from moe_lens.cli.report import Directory
 
+N_SHOWN = 20
+"""Files that are listed."""
+
 
 def export(
     directory: Directory = Path("runs"),
@@ -30,5 +33,9 @@ def export(
     if json:
         terminal.print_json({"folder": str(folder), "format": to, "files": files})
         return
-    typer.echo(f"{len(files)} files")
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    rows = [[name, terminal.size(n)] for name, n in list(sizes.items())[:N_SHOWN]]
+    more = f"and {len(files) - len(rows)} more files" if len(files) > len(rows) else ""
+    terminal.table("", ["file", ">size"], rows, note=more)
+    terminal.say(f"{len(files)} files of {terminal.size(sum(sizes.values()))}; README.md says how to push them.")
     typer.echo(str(folder))

@@ -66,10 +66,13 @@ def describe(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadOutput(f"{path / MANIFEST} cannot be read: delete the folder, or give another one") from error
-    tables = [
-        {"table": file.stem, "rows": pq.read_metadata(file).num_rows, "bytes": file.stat().st_size}
-        for file in sorted(path.glob("*.parquet"))
-    ]
+    tables = []
+    for file in sorted(path.glob("*.parquet")):
+        try:
+            rows = pq.read_metadata(file).num_rows
+        except (ValueError, OSError):  # a damaged file is listed too: pyarrow's errors are either
+            rows = None
+        tables.append({"table": file.stem, "rows": rows, "bytes": file.stat().st_size})
     commands: dict[str, Any] = manifest.get("commands", {})
     finished = bool(commands) and all(entry.get("state", "done") == "done" for entry in commands.values())
     return {

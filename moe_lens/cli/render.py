@@ -242,7 +242,7 @@ def arms(probes: Probes, *, note: str = ARMS_NOTE) -> None:
 def run_tables(run: Mapping[str, Any]) -> None:
     """One run: a line about it, and its tables."""
     typer.echo(_headline(run))
-    rows = [[t["table"], f"{t['rows']:,}", size(t["bytes"])] for t in run["tables"]]
+    rows = [[t["table"], "damaged" if t["rows"] is None else f"{t['rows']:,}", size(t["bytes"])] for t in run["tables"]]
     table("", ["table", ">rows", ">size"], rows)
 
 

@@ -45,22 +45,26 @@ def who_does_what(by_field: pd.DataFrame, probes: Probes, labels: Labels, trial:
     for row in trial.verdicts.to_dict("records"):
         at = row["address"]
         auroc = scores.get((at, row["facet"]), "-")
-        rows.append([at, domains.get(at, "-"), *neurons.get(at, ("-", "-")), auroc, row["verdict"], row["label"]])
+        rows.append(
+            [at, *domains.get(at, ("-", "-")), *neurons.get(at, ("-", "-")), auroc, row["verdict"], row["label"]]
+        )
     terminal.table(
         "Who does what",
-        ["=expert", "domain", "best neuron", ">F1", ">AUROC", "=verdict", "label"],
+        ["=expert", "domain", ">lift", "best neuron", ">F1", ">AUROC", "=verdict", "label"],
         rows,
-        note="domain: with the highest lift over the text; F1: held out, in brackets that of always saying yes; AUROC: "
-        "of the label for the routing of one token id, in brackets that of a table of token pairs",
+        note="lift: share of the domain's tokens that visit the expert, over that of the whole text; F1: held out, in "
+        "brackets that of always saying yes; AUROC: of the label for the routing of one token id, in brackets that of "
+        "a table of token pairs",
     )
 
 
-def top_domains(by_field: pd.DataFrame) -> dict[str, str]:
-    """By expert the domain that it is most enriched for, among those of which it gets enough tokens to say."""
+def top_domains(by_field: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """By expert the domain that it is most enriched for, and its lift; only where it gets enough tokens to say."""
     enough = by_field[(by_field["visits"] >= render.MIN_VISITS) & (by_field["share"] >= render.MIN_SHARE)]
     best = enough[enough["field"] == "domain"].sort_values("lift", ascending=False, kind="stable").drop_duplicates(_AT)
     return {
-        f"L{row['layer']}.E{row['expert']}": f"{row['value']} {row['lift']:.1f}x" for row in best.to_dict("records")
+        f"L{row['layer']}.E{row['expert']}": (str(row["value"]), f"{row['lift']:.1f}x")
+        for row in best.to_dict("records")
     }
 
 

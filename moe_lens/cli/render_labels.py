@@ -46,8 +46,9 @@ def best(found: Labels, n_shown: int = N_SHOWN) -> None:
         ]
         for row in frame.head(n_shown).to_dict("records")
     ]
-    which = f"The {len(rows)} of {len(frame)} labels" if len(rows) < len(frame) else "Labels"
-    picked = "; the best of many flatter" if len(rows) < len(frame) else ""
+    n = int((frame["status"] == "ok").sum())
+    which = f"The {len(rows)} of {n} labels" if len(rows) < n else "Labels"
+    picked = "; the best of many flatter" if len(rows) < n else ""
     table(
         f"{which} of {found.labeller} with the highest AUROC against the same token id, not routed",
         ["=expert", ">AUROC", "~>95 % interval", ">pairs", "label"],

@@ -43,8 +43,9 @@ def verdicts(found: Trial, *, details: bool = False) -> None:
     ]
     delta = number(1000 * found.settings["delta"], 0)
     note = (
-        f"need: mnat per token lost there without the expert, beyond one chosen beside it; counts from {delta}; "
-        "routing: AUROC of the label for the visits"
+        "effect: mnat (thousandths of a nat) per token lost there without the expert; need: what of it is lost beyond "
+        f"taking away another expert chosen beside it; support asks for {delta} or more; routing: AUROC of the label "
+        "for the visits; docs: with a visited token of the label"
     )
     if details:
         note = (
@@ -54,9 +55,12 @@ def verdicts(found: Trial, *, details: bool = False) -> None:
             "routing: AUROC of the label for the visits. docs: with a visited token of the label"
         )
     left = len(frame) - len(rows)
+    columns = ["=expert", "=verdict", "~>effect", ">need, mnat", "~exclusive", ">routing", "~>docs", "label"]
+    if not any(row[4] for row in rows):
+        columns, rows = columns[:4] + columns[5:], [row[:4] + row[5:] for row in rows]
     table(
         "Labels on trial",
-        ["=expert", "=verdict", "~>effect", ">need, mnat", "~exclusive", ">routing", "~>docs", "label"],
+        columns,
         rows,
         note=note + (f"; {left} more labels with --details" if left else ""),
     )

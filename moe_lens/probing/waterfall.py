@@ -47,6 +47,8 @@ REVERSE = {
     "routing": {"equal_router_tokens_raw": 1},
     "reuse": {"equal_router_tokens": 1},
 }
+FEW_GROUPS = 5
+"""Concept groups below which their mean says nothing about the models."""
 COUNTS = ("n_cells_moe", "n_cells_dense", "n_tokens_moe", "n_tokens_dense", "n_documents")
 _ALWAYS = ("raw", "search", "held_out")
 _Ladder = Mapping[str, Mapping[str, int]]
@@ -275,8 +277,11 @@ def finding(table: pd.DataFrame, *, metric: str | None = None, k: int | None = N
             f"; the gap between cells chosen on other documents, {held}, is {beside_null(table)} what exchanged labels "
             f"give there ({number(null.ci_low, '+')} to {number(null.ci_high, '+')})"
         )
+    groups = f"{raw.n_groups:.0f} concept group{'s' if raw.n_groups != 1 else ''}"
+    few = ", too few to speak of the models" if raw.n_groups < FEW_GROUPS else ""
     return (
-        f"Of the raw k={raw.k} {METRIC_NAMES.get(raw.metric, raw.metric)} gap of {_with_interval(raw)}{doubt}, "
+        f"Of the raw k={raw.k} {METRIC_NAMES.get(raw.metric, raw.metric)} gap of {_with_interval(raw)} (mean over "
+        f"{groups}{few}){doubt}, "
         f"{', '.join(steps)}; {_with_interval(left)} is left{'' if not_removed(table) else ' for the neurons'}, "
         f"{verdict(left.ci_low, left.ci_high)}{rest}."
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ MANIFEST = "manifest"
 """What a number of the manifest has in place of a table."""
 _TAKES = ("value", "count", "share", "share_low", "share_high", "sum", "mean", "median", "min", "max", "fact")
 _SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "!=": operator.ne}
+_FORM = re.compile(r"[+,]*(\.\d\d?)?[feg%]?")
 _MANY = 4
 """Values of a column from which on their number is said in place of them."""
 
@@ -123,7 +125,10 @@ class Claim:
         """
         try:
             values = json.loads(text)
-            return cls(**{**values, "distinct": tuple(values["distinct"])})
+            found = cls(**{**values, "distinct": tuple(values["distinct"])})
+            if not _FORM.fullmatch(found.form):  # a page comes from anywhere, and 999999999f takes a gigabyte
+                raise ValueError(found.form)
+            return found
         except (ValueError, TypeError, KeyError) as error:
             raise BadOutput(f"this is no claim of a report: {text[:80]!r}") from error
 

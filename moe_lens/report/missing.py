@@ -40,24 +40,29 @@ _NOT_KEPT = ("model", "output", "resume", "device", "config", *_SWITCHES)
 _DENSE = {"bundled:tiny-moe": "bundled:tiny-dense"}
 
 
-def command(run: Run, name: str, *, baseline: bool = False) -> str:
+def command(run: Run, name: str, *, baseline: bool = False, without: Sequence[str] = ()) -> str:
     """The command line that adds to `run` what the command `name` makes.
 
     Args:
         name: probe, autointerp, validate (after autointerp, if the run has no labels yet) or faithfulness.
+        without: options that the run was given and that this command leaves out.
         baseline: with a dense model to compare with; the bundled twin, or ``DENSE_MODEL`` to be filled in.
     """
     manifest = run.manifest
     given = dict(_given(manifest))
+    is_made_anew = name in manifest["commands"]  # its results are there in part, and would be shown as they are
+    if is_made_anew and _command_of(manifest) == "demo" and not without:
+        return shlex.join(["moe-lens", "demo", "--no-resume", "-o", _directory(manifest, given)])
     own = _command_of(manifest) == name
     kept = {option: value for option, value in given.items() if own or option in _SHARED}
-    kept = {option: value for option, value in kept.items() if option not in _NOT_KEPT}
+    kept = {option: value for option, value in kept.items() if option not in (*_NOT_KEPT, *without)}
     if baseline and "baseline" not in kept:
         kept["baseline"] = _DENSE.get(manifest["model"]["name"], DENSE_MODEL)
     words = ["moe-lens", name, "--model", _local(manifest["model"]["name"])]
     for option, value in kept.items():
         flag = f"--{option.replace('_', '-')}"
         words += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else [flag, value]
+    words += ["--no-resume"] * is_made_anew
     words += ["-o", _directory(manifest, given)]
     before = f"{command(run, 'autointerp')} && " if name == "validate" and not run.has("labels") else ""
     return before + shlex.join(words)

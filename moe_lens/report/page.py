@@ -15,6 +15,8 @@ from moe_lens.report.claims import Claims
 from moe_lens.report.parts import Section, inert, script_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import jinja2
     import pandas as pd
 
@@ -58,7 +60,7 @@ class ReadOnce(Run):
         return self._experts.copy()
 
 
-def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
+def report(run: Run | str | Path, *, out: str | Path | None = None, sections: Sequence[Section] | None = None) -> Path:
     """Write the report of a run.
 
     The same tables give the same file, byte for byte. Parts that the run does not have are left out, with the command
@@ -67,6 +69,7 @@ def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
     Args:
         run: a run, or its directory.
         out: file to write; ``report.html`` in the run's directory by default.
+        sections: what `sections_of` gave for this run, if it was called already.
 
     Raises:
         BadOutput: no run, a run without any table, or a folder in place of a file.
@@ -78,7 +81,7 @@ def report(run: Run | str | Path, *, out: str | Path | None = None) -> Path:
         raise BadOutput(f"{path} is a folder: give --out a file, such as {path / FILE}")
     if not table_files(run):
         raise BadOutput(f"{run.path} has no tables yet: run moe-lens probe --model ... -o {run.path} first")
-    page = render(run)
+    page = render(run, sections)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -92,7 +95,7 @@ def sections_of(run: Run, say: Claims | None = None) -> list[Section]:
     return [found for module in modules if (found := module.section(run, say)) is not None]
 
 
-def render(run: Run) -> str:
+def render(run: Run, sections: Sequence[Section] | None = None) -> str:
     """The page as text."""
     manifest = run.manifest
     return (
@@ -101,7 +104,7 @@ def render(run: Run) -> str:
         .render(
             title=f"moe-lens: {manifest['model']['name']}",
             manifest=manifest,
-            sections=sections_of(run),
+            sections=sections_of(run) if sections is None else sections,
             hashes=table_hashes(run),
             plotly=_plotly(),
         )

@@ -43,7 +43,8 @@ class Verification:
         """In a sentence."""
         if self.is_ok:
             return (
-                f"{self.n_tables} tables and {self.n_claims} numbers of the report agree, and so does the rest of it."
+                f"{self.n_tables} tables and {self.n_claims} numbers of the report agree, and so do its figures, "
+                "rows, cards and other words."
             )
         n = len(self.problems)
         return (
@@ -100,8 +101,8 @@ def _unreadable(say: Claims, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         try:
             say.table(name.removesuffix(".parquet"))
-        except (ValueError, OSError):  # pyarrow's errors are either
-            problems[name] = f"{name} is damaged: put its copy back, or run the command that wrote it again"
+        except BadOutput as error:
+            problems[name] = str(error)
     return problems
 
 

@@ -134,3 +134,10 @@ def test_what_is_missing_is_none_after_a_round_trip_through_parquet(tmp_path: Pa
 
 def test_a_table_without_rows_has_all_columns() -> None:
     assert list(label_frame([]).columns) == list(LABEL_COLUMNS)
+
+
+def test_rows_of_an_exported_table_without_a_label_are_left_out(tmp_path: Path) -> None:
+    text = "layer,expert,label,status\n0,1,digits,ok\n0,2,,abstained\n0,3,,\n"
+    with pytest.raises(BadConfig, match=r"row 4: the label of L0\.E3 is empty"):
+        read_labels(written(tmp_path, text))
+    assert read_labels(written(tmp_path, text.rsplit("0,3", 1)[0]))["label"].tolist() == ["digits"]

@@ -51,3 +51,11 @@ def test_what_is_no_run_is_refused(cli: Cli, tmp_path: Path, what: str) -> None:
     (tmp_path / "damaged" / "manifest.json").write_text("{")
     outcome = cli("ls", what)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+
+
+def test_a_damaged_table_is_listed_as_such(cli: Cli, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "labels.parquet").write_text("junk")
+    outcome = cli("ls", run)
+    assert outcome.code == 0
+    assert [line.split()[1] for line in outcome.out.splitlines() if line.startswith("labels")] == ["damaged"]

@@ -35,7 +35,10 @@ def test_a_folder_of_runs_means_the_newest(cli: Cli, few: Path) -> None:
 
 def test_json_is_one_object(cli: Cli, few: Path) -> None:
     found = json.loads(cli("report", few, "--out", "page.html", "--json").out)
-    assert found == {"report": "page.html", "bytes": Path("page.html").stat().st_size}
+    assert (found["report"], found["bytes"]) == ("page.html", Path("page.html").stat().st_size)
+    sections = {section["section"]: section for section in found["sections"]}
+    assert sections["Routing"]["figures"] > 0
+    assert sections["Probing"]["missing"].startswith("moe-lens probe ")
     found = json.loads(cli("export", few, "--to", "csv", "--out", "there", "--json").out)
     assert {"manifest.json", "routing.csv"} <= set(found["files"])
 

@@ -160,7 +160,7 @@ def test_a_domain_is_named_only_where_enough_of_it_visits_the_expert() -> None:
         {"field": "domain", "value": ["code", "prose", "verse"], "layer": 0, "expert": 1, "n_tokens": 1000,
          "visits": [500, 3, 300], "share": [0.5, 0.9, 0.1], "lift": [2.5, 9.0, 7.0]}
     )  # fmt: skip
-    assert render_demo.top_domains(frame) == {"L0.E1": "code 2.5x"}
+    assert render_demo.top_domains(frame) == {"L0.E1": ("code", "2.5x")}
 
 
 def test_details_show_a_finished_run_without_another(

@@ -224,7 +224,8 @@ def said(*levels, **more):
 
 def test_the_finding_of_a_gap_that_shrinks_step_by_step():
     assert said(0.123, 0.073, 0.053, 0.033, 0.01) == (
-        "Of the raw k=1 balanced F1 gap of +0.123 [+0.123, +0.123], search among more cells explains +0.050, "
+        "Of the raw k=1 balanced F1 gap of +0.123 [+0.123, +0.123] (mean over 3 concept groups, too few to speak of "
+        "the models), search among more cells explains +0.050, "
         "reuse of test data +0.020, candidates and token counts +0.020, routing +0.023; "
         "+0.010 [+0.010, +0.010] is left for the neurons, above zero."
     )

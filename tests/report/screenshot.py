@@ -1,4 +1,4 @@
-"""``python -m tests.report.screenshot RUN OUT.png``: front page and waterfall of a run's report, under 300 kB."""
+"""``python -m tests.report.screenshot RUN OUT.png``: the front page of a run's report, under 300 kB."""
 
 from __future__ import annotations
 
@@ -19,16 +19,10 @@ def screenshot(run: Path, out: Path) -> None:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
         page.goto(page_path.resolve().as_uri())
-        page.evaluate("""() => {
-          const front = document.getElementById("findings"), figure = document.getElementById("probing-waterfall");
-          front.append(figure);
-        }""")
-        page.locator("#probing-waterfall .canvas").scroll_into_view_if_needed()
-        page.wait_for_selector("#probing-waterfall .canvas.drawn .main-svg")
-        page.evaluate("scrollTo(0, 0)")
-        bottom = page.locator("#probing-waterfall").bounding_box()["y"]
-        height = page.locator("#probing-waterfall").bounding_box()["height"] + bottom + 16
-        page.set_viewport_size({"width": WIDTH, "height": int(height)})
+        page.locator("#findings").wait_for()
+        bottom = page.locator("#findings").bounding_box()
+        assert bottom is not None
+        page.set_viewport_size({"width": WIDTH, "height": int(bottom["y"] + bottom["height"])})
         page.wait_for_timeout(400)
         out.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=out)

@@ -110,6 +110,14 @@ def test_text_that_is_no_claim_is_refused(text: str) -> None:
         Claim.from_json(text)
 
 
+@pytest.mark.parametrize("form", ["999999999f", "s", ".3f ", "{0}"])
+def test_a_form_that_no_sentence_uses_is_refused(form: str) -> None:
+    text = Claim("t", {}, "count").to_json()
+    assert Claim.from_json(text).compute(TABLE) == len(TABLE)
+    with pytest.raises(BadOutput, match="no claim of a report"):
+        Claim.from_json(text.replace('"form": ""', f'"form": "{form}"'))
+
+
 def test_a_number_without_a_value_meets_no_condition() -> None:
     table = TABLE.assign(n=pd.array([1, 2, None, None, 3], dtype="Int64"))
     assert number("count", table=table, where={"n": {">": 1}}) == 2

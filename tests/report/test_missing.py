@@ -26,7 +26,9 @@ PILE = {"id": "dataset:org/pile:en:validation", "sha256": "1", "n_documents": 50
 
 def a_run(folder: Path, line: list[str], **entries: Any) -> Any:
     made.write_run(folder, "routing")
-    (folder / "manifest.json").write_text(json.dumps(made.manifest() | {"command_line": line} | entries))
+    (folder / "manifest.json").write_text(
+        json.dumps(made.manifest() | {"commands": {}, "command_line": line} | entries)
+    )
     return open_run(folder)
 
 
@@ -92,6 +94,19 @@ def test_labels_come_before_their_trial(tmp_path: Path) -> None:
     assert [part.split()[1] for part in command(run, "validate").split(" && ")] == ["autointerp", "validate"]
     made.labels().to_parquet(run.path / "labels.parquet")
     assert command(run, "validate") == "moe-lens validate --model bundled:tiny-moe -o runs/demo"
+
+
+def test_a_part_that_was_made_and_is_gone_is_made_anew(tmp_path: Path) -> None:
+    done = {"probe": {"state": "done"}, "autointerp": {"state": "done"}}
+    model = {"name": "bundled:tiny-moe"}
+    run = a_run(tmp_path / "one", ["moe-lens", "demo", "-o", "runs/d"], model=model, commands=done)
+    assert command(run, "probe") == "moe-lens demo --no-resume -o runs/d"
+    assert "--no-resume" not in command(run, "faithfulness")
+    run = a_run(tmp_path / "two", ["moe-lens", "probe", "--no-neurons", "-o", "d"], model=model, commands=done)
+    assert (
+        command(run, "probe").split() == "moe-lens probe --model bundled:tiny-moe --no-neurons --no-resume -o d".split()
+    )
+    assert "neurons" not in command(run, "probe", without=("neurons",))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

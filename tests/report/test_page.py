@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 import moe_lens as ml
 from moe_lens.capture.card import expert_card
 from moe_lens.capture.run import open_run
+from moe_lens.errors import BadOutput
 from moe_lens.report.claims import Claims
 from moe_lens.report.page import ReadOnce, render, report, sections_of, table_hashes
 from moe_lens.report.parts import Answers, Unanswered
@@ -175,3 +176,18 @@ def test_bars_of_the_front_page_are_the_numbers_beside_them(full: Path) -> None:
     verdicts = {piece.kind: piece.width for piece in labels.strips[0].pieces}
     assert verdicts == {"supported": 25.0, "routing-only": 25.0, "underpowered": 25.0, "undecided": 25.0}
     assert [strip.pieces[0].width for strip in experts.strips] == pytest.approx([100, 75, 50, 25])
+
+
+@pytest.mark.parametrize("table", ["exemplars", "comparison", "label_scores", "routing_fields", "coactivation"])
+def test_a_table_that_was_not_passed_on_leaves_one_line_and_the_rest(mine: Path, table: str) -> None:
+    (mine / f"{table}.parquet").unlink()
+    found = [part for section in sections_of(open_run(mine)) for part in section.parts]
+    assert [part.kind for part in found].count("missing") >= 1
+    assert "expert-table" in {getattr(part, "id", "") for part in found}
+    assert "adds it." in without_scripts(report(mine).read_text(encoding="utf-8"))
+
+
+def test_a_damaged_table_is_named_with_what_to_do(mine: Path) -> None:
+    (mine / "labels.parquet").write_text("junk")
+    with pytest.raises(BadOutput, match=r"labels\.parquet is damaged: put its copy back"):
+        report(mine)

@@ -120,12 +120,21 @@ class Faithfulness:
         best: Any = next(clearest_first(at).itertuples())
         n_better = int(((at["p"] < ALPHA) & (at["low"] > self.noise.kl)).sum())
         pick = f", the clearest of {len(at)}" if len(at) > 1 else ""
+        tested = f"{n_better} of {len(at)} beat random, p < .05 uncorrected"
+        least = 1 / (1 + self._n_random())
+        if least >= ALPHA:
+            tested = f"no p can fall below {least:.2f} with {self._n_random()} random sets: draw 20"
         return (
             f"Without the experts that {best.ranking} puts first the output moves by {number(best.value)} nats (AOPC "
             f"in KL, {best.mode}), without random ones by {number(best.control_value)}: a lead of "
-            f"{_with_interval(best)}, p {best.p:.2f}{pick} ({n_better} of {len(at)} beat random, p < .05 uncorrected), "
+            f"{_with_interval(best)}, p {best.p:.2f}{pick} ({tested}), "
             f"{self._beside_matched(best.ranking, best.mode)}."
         )
+
+    def _n_random(self) -> int:
+        """Random sets that were drawn for each ranking."""
+        rows = self.draws[self.draws["control"] == "random"]
+        return int(rows["draw"].nunique())
 
     def _beside_matched(self, ranking: str, mode: str) -> str:
         """The lead over sets of like load, and the share of experts that had a match."""

@@ -41,7 +41,11 @@ def section(run: Run, say: Claims) -> Section:
               links="address" if run.has("exemplars") else None)
     )  # fmt: skip
     parts += _cards(run, table["address"].tolist())
-    for needed, what, name in (("labels", "Labels", "autointerp"), ("validation", "Verdicts on labels", "validate")):
+    for needed, what, name in (
+        ("labels", "Labels", "autointerp"),
+        ("label_scores", "Scores of labels", "autointerp"),
+        ("validation", "Verdicts on labels", "validate"),
+    ):
         if not run.has(needed):
             parts.append(Missing(what, command(run, name)))
     lead = Markup("{} experts.").format(say.count("routing", where={"role": "moe"}, distinct=_KEY))
@@ -58,7 +62,7 @@ def _table(run: Run, say: Claims) -> pd.DataFrame:
     table["load_over_even"] = table["load_share"] / even
     columns = ["address", "layer", "load_over_even", "output_norm"]
     columns += [c for c in ("top_domain", "top_domain_lift") if c in table]
-    if run.has("labels") and run.has("label_scores"):
+    if run.has("labels") and run.has("label_scores") and run.has("exemplars"):
         from moe_lens.autointerp.result import Labels
 
         frame = Labels.of(run).frame

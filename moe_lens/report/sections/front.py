@@ -15,6 +15,7 @@ from moe_lens import plots
 from moe_lens.report.claims import Claim
 from moe_lens.report.missing import command
 from moe_lens.report.parts import Answer, Answers, Piece, Section, Strip, Unanswered
+from moe_lens.types import Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,13 +55,15 @@ def _gap(run: Run, say: Claims) -> Answer | Unanswered:
 
     def number(step: str, *, whole: bool = True) -> Markup:
         where = {**at, "step": step, "kind": rows.loc[step, "kind"]}
+        if whole and where["kind"] == "removed":  # as in the figure: what the step does to the gap
+            return say.interval("waterfall", ("value", "ci_high", "ci_low"), where=where, form="+.3f", times=-1.0)
         if whole:
             return say.interval("waterfall", ("value", "ci_low", "ci_high"), where=where, form="+.3f")
         return say.value("waterfall", "value", where=where, form="+.3f")
 
     said = [
         Markup("As published, best neuron against best neuron, the MoE minus the dense model is {} balanced F1 "
-               "(k = {}). Bars: what each step takes from that.").format(number("raw"), at["k"])
+               "(k = {}). Bars: what each control does to that gap.").format(number("raw"), at["k"])
     ]  # fmt: skip
     head = Markup("The raw gap is {}").format(number("raw"))
     if "left" in rows.index:
@@ -117,8 +120,8 @@ def _labels(run: Run, say: Claims) -> Answer | Unanswered:
         )
     ]  # fmt: skip
     if false:
-        counts = [Markup("{} of {}").format(count(kind, verdict="supported"), count(kind)) for kind in false]
-        head += Markup("; false labels: {}").format(Markup(", ").join(counts))
+        counts = [Markup("{} {} of {}").format(kind, count(kind, verdict="supported"), count(kind)) for kind in false]
+        head += Markup("; false ones: {}").format(Markup(", ").join(counts))
         said.append(
             Markup("False labels ({}) went through the same trial. Where their intervals overlap the labels' own, "
                    "support says little for the words.").format(", ".join(false))
@@ -126,7 +129,9 @@ def _labels(run: Run, say: Claims) -> Answer | Unanswered:
     settings = run.manifest["commands"].get("validate", {}).get("settings", {})
     if settings.get("is_sample"):
         n = say.fact("commands.validate.settings.n_labels")
-        said.append(Markup("The labels on trial are a sample of {}.").format(n))
+        said.append(
+            Markup("{} of {} labels were tried, a sample that holds experts of all loads.").format(count("real"), n)
+        )
     strips = [_verdicts(say, kind, share(kind)) for kind in ("real", *false)]
     seen = [v for v in _VERDICTS if any(piece.kind == v for strip in strips for piece in strip.pieces)]
     return Answer(
@@ -200,6 +205,10 @@ def _undecided(run: Run, say: Claims) -> Answer:
         found = part("probes too small", Claim("probe", {"status": "too_few"}, "count"), Claim("probe", {}, "count"))
         head.append(Markup("{} probes").format(found))
         said.append(Markup("Probes had too few tokens or documents of their concept."))
+        rest = Claim("probe", {"status": str(Status.NOT_FITTED)}, "count")
+        if say.number(rest):
+            said.append(Markup("{} more were not fitted: beyond the smallest k only the best cells are probed.").format(
+                say.show(rest)))  # fmt: skip
         links.append(("probing", "Probes"))
     if run.has("labels"):
         without = [s for s in say.table("labels")["status"].unique() if s != "ok"]

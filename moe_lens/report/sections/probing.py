@@ -33,7 +33,7 @@ N_BEST = 5
 
 def section(run: Run, say: Claims) -> Section:
     """The waterfall first, then the arms, concepts one by one, and scores against the number of neurons."""
-    if not run.has("probe"):
+    if not (run.has("probe") and run.has("comparison")):
         missing = Missing("Probes", command(run, "probe", baseline=True))
         return Section("probing", "Probing", "", (missing,))
     probes = Probes.of(run)
@@ -73,6 +73,8 @@ def section(run: Run, say: Claims) -> Section:
             Figure.of("probing-neurons", probes.neurons.plot(), rows=run.frame("neuron_layers"),
                       source="neuron_layers.parquet")
         )  # fmt: skip
+    elif run.manifest["commands"].get("probe", {}).get("request", {}).get("neurons") is False:
+        parts.append(Missing("How many concept groups a neuron serves", command(run, "probe", without=("neurons",))))
     lead = Markup("{} concepts in {} probes. {}Click a concept in the scatter to see its best neurons.").format(
         say.count("probe", distinct=("concept",)), say.count("probe"), _scores(say, k)
     )
@@ -96,7 +98,7 @@ def _scores(say: Claims, k: int) -> Markup:
     )
     if not is_there("moe", "null"):
         return said + Markup(" (no null was drawn). ")
-    tested = {"arm": "null", "metric": "auroc", "concept": {"!=": MEAN}}
+    tested = {"arm": "null", "metric": "auroc", "k": k, "concept": {"!=": MEAN}}
     said += Markup("; with labels exchanged the same search reaches {}.").format(score("moe", "null"))
     return said + Markup(" {} of {} concepts of spans and documents beat that null (q ≤ 0.05). ").format(
         say.count("comparison", where=tested | {"q_value": {"<=": 0.05}}),

@@ -42,8 +42,12 @@ def section(run: Run, say: Claims) -> Section:
     if run.has("routing_fields") and len(say.table("routing_fields")):
         parts += [_by_field(say.table("routing_fields"), name) for name in ("domain", "kind")]
         parts = [part for part in parts if not isinstance(part, Figure) or len(part.rows)]
+    elif not run.has("routing_fields"):
+        parts.append(Missing("Experts by domain", command(run, "probe")))
     if run.has("coactivation") and len(say.table("coactivation")):
         parts.append(_together(say.table("coactivation")))
+    elif not run.has("coactivation"):
+        parts.append(Missing("Experts chosen together", command(run, "probe")))
     where = {"role": "moe"}
     lead = Markup(
         "{} experts in {} layers. The busiest gets {} visits a token, the least busy {}; within a layer loads vary by "
@@ -113,7 +117,7 @@ def _heat(rows: pd.DataFrame, name: str, n: int) -> go.Figure:
             customdata=np.dstack([lift.to_numpy()[order], share.to_numpy()[order]]),
             colorscale=_AROUND_ONE, zmid=0, zmin=-3, zmax=3,
             hovertemplate=f"{name} %{{y}}, %{{x}}: %{{customdata[1]:.1%}} of its tokens, "
-                          "%{customdata[0]:.2f} × their share elsewhere<extra></extra>",
+                          "%{customdata[0]:.2f} × the share of all tokens<extra></extra>",
             colorbar={"title": "× share", "thickness": 12, **(_TICKS if len(lift) > _FEW else _FEW_TICKS)},
         )
     )  # fmt: skip
