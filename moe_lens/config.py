@@ -80,7 +80,7 @@ def parse_biases(text: str | Mapping[Any, Any]) -> dict[str, float]:
             number = float(value)
         except (TypeError, ValueError):
             raise BadConfig(
-                f"cannot read the bias {name!r}={str(value)!r}: write biases as L2.E3=2.0,L4.E0=-1"
+                f"cannot read the bias of {name!r}: write biases as L2.E3=2.0,L4.E0=-1, not {str(value)!r}"
             ) from None
         if name in found:
             raise BadConfig(f"{name} has two biases: give one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.cli.terminal import aside, more_tables, number, say, table
@@ -71,20 +71,15 @@ def counts(found: Trial) -> None:
     summary = found.summary()
     kinds = list(dict.fromkeys(summary["label_kind"]))
     by_kind = {kind: rows.set_index("verdict") for kind, rows in summary.groupby("label_kind")}
-    real = by_kind[kinds[0]]
     rows = []
-    for verdict in real.index:
-        own = real.loc[verdict]
+    for kind in kinds:
+        own = by_kind[kind].loc["supported"]
         interval = f"{own['share']:.0%} [{own['low']:.0%}, {own['high']:.0%}]"
-        rows.append([verdict, str(own["n"]), interval, *(str(by_kind[kind].loc[verdict, "n"]) for kind in kinds[1:])])
-    rows.append(["all", *_totals(by_kind, kinds[:1]), "", *_totals(by_kind, kinds[1:])])
-    names = [f">{kind}" for kind in kinds[1:]]
-    note = "right: false labels of the same experts, which should not be supported" if names else ""
-    table("By verdict", ["=verdict", ">labels", "~>95 % interval", *names], rows, note=note)
-
-
-def _totals(by_kind: dict[Any, Any], kinds: Sequence[str]) -> list[str]:
-    return [str(int(by_kind[kind]["n"].sum())) for kind in kinds]
+        numbers = [str(int(n)) for n in by_kind[kind]["n"]]
+        rows.append([kind, *numbers, str(int(by_kind[kind]["n"].sum())), interval])
+    names = [f">{verdict}" for verdict in by_kind[kinds[0]].index]
+    note = "below real: false labels of the same experts, which should not be supported" if len(kinds) > 1 else ""
+    table("By verdict", ["=labels", *names, ">all", "~>supported, 95 %"], rows, note=note)
 
 
 def _span(row: dict[Any, Any], name: str, *, scale: float, digits: int) -> str:
