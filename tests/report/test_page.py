@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
@@ -191,3 +192,17 @@ def test_a_damaged_table_is_named_with_what_to_do(mine: Path) -> None:
     (mine / "labels.parquet").write_text("junk")
     with pytest.raises(BadOutput, match=r"labels\.parquet is damaged: put its copy back"):
         report(mine)
+
+
+@pytest.mark.parametrize(("supported", "said"), [(0, "None of their intervals reaches"), (9, "All of their intervals")])
+def test_false_labels_that_do_as_well_are_called_so(mine: Path, supported: int, said: str) -> None:
+    kinds = [("real", 9, 10), ("frequent-token", supported, 10)]
+    rows = [
+        {"label_kind": kind, "layer": 0, "expert": i, "facet": 0, "verdict": "supported" if i < yes else "refuted"}
+        for kind, yes, n in kinds
+        for i in range(n)
+    ]
+    pd.DataFrame(rows).to_parquet(mine / "validation.parquet")
+    answer = front.section(open_run(mine), Claims(open_run(mine))).parts[0]
+    assert isinstance(answer, Answers)
+    assert said in " ".join(map(str, answer.answers[1].said))

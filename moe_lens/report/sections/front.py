@@ -123,9 +123,8 @@ def _labels(run: Run, say: Claims) -> Answer | Unanswered:
         counts = [Markup("{} {} of {}").format(kind, count(kind, verdict="supported"), count(kind)) for kind in false]
         head += Markup("; false ones: {}").format(Markup(", ").join(counts))
         said.append(
-            Markup("False labels ({}) went through the same trial. Where their intervals overlap the labels' own, "
-                   "support says little for the words.").format(", ".join(false))
-        )  # fmt: skip
+            Markup("False labels ({}) went through the same trial. {}").format(", ".join(false), _beside(say, false))
+        )
     settings = run.manifest["commands"].get("validate", {}).get("settings", {})
     if settings.get("is_sample"):
         n = say.fact("commands.validate.settings.n_labels")
@@ -137,6 +136,20 @@ def _labels(run: Run, say: Claims) -> Answer | Unanswered:
     return Answer(
         question, head, tuple(said), (("trial", "Labels on trial"),), tuple(strips), tuple((v, v) for v in seen)
     )
+
+
+def _beside(say: Claims, false: Sequence[str]) -> str:
+    """Which kinds of false labels are supported about as often as the labels themselves."""
+
+    def end(take: str, kind: str) -> float:
+        claim = Claim("validation", {"verdict": "supported"}, take, distinct=_LABEL, among={"label_kind": kind})
+        return say.number(claim)
+
+    alike = [kind for kind in false if end("share_low", "real") <= end("share_high", kind)]
+    if not alike:
+        return "None of their intervals reaches the labels' own."
+    which = "All of their intervals" if len(alike) == len(false) else f"The intervals of {' and '.join(alike)}"
+    return f"{which} reach the labels' own: beside these, support says little for the words."
 
 
 def _verdicts(say: Claims, kind: str, said: Markup) -> Strip:
