@@ -82,7 +82,7 @@ def test_the_demo_runs_from_the_wheel_and_is_shown_again_from_disk(installed: Pa
     first = run(command, "demo", cwd=installed)
     assert (first.returncode, first.stderr) == (0, "")
     assert first.stdout.splitlines()[-1] == "runs/demo"
-    for word in ("bundled:tiny-moe", "bundled:tiny-dense", "L0.E", "always", "held_out", "gap"):
+    for word in ("bundled:tiny-moe", "bundled:tiny-dense", "L0.E", "Who does what", "undecided", "gap", "report.html"):
         assert word in first.stdout
     cells = pd.read_parquet(installed / "runs" / "demo" / "probe.parquet")
     assert set(cells["role"]) == {"moe", "dense"}
@@ -94,6 +94,9 @@ def test_the_demo_runs_from_the_wheel_and_is_shown_again_from_disk(installed: Pa
     assert (second.returncode, second.stdout) == (0, first.stdout)
     assert {p.name: p.stat().st_mtime_ns for p in (installed / "runs" / "demo").iterdir()} == written
     assert took < 60, "shown from disk, nothing computed"
+    details = run(command, "demo", "--details", cwd=installed).stdout
+    for word in ("held_out", "always", "By verdict", "Mean over experts"):
+        assert word in details
 
     listed = run(command, "ls", "runs", cwd=installed)
     assert "finished" in listed.stdout
