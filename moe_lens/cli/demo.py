@@ -35,7 +35,7 @@ def demo(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare the bundled MoE with its dense twin, label its experts, try the labels: about three minutes."""
+    """Compare the bundled MoE with its dense twin, label its experts, try the labels: two to three minutes."""
     import moe_lens
     from moe_lens.cli import autointerp, probe, validate
 

@@ -206,3 +206,14 @@ def test_false_labels_that_do_as_well_are_called_so(mine: Path, supported: int, 
     answer = front.section(open_run(mine), Claims(open_run(mine))).parts[0]
     assert isinstance(answer, Answers)
     assert said in " ".join(map(str, answer.answers[1].said))
+
+
+def test_the_front_page_has_the_signs_of_the_waterfall(mine: Path) -> None:
+    run = open_run(mine)
+    table = run.frame("waterfall")
+    at = (table["metric"] == "f1_balanced") & (table["group"] == "__mean__") & (table["order"] == "forward")
+    row = table[at & (table["k"] == table["k"].min()) & (table["step"] == "search")].iloc[0]
+    answer = front.section(run, Claims(run)).parts[0].answers[0]
+    said = [re.sub("<[^>]+>", "", str(strip.said)) for strip in answer.strips if strip.name.startswith("search")]
+    numbers = [f"{-row[name]:+.3f}".replace("-", "−") for name in ("value", "ci_high", "ci_low")]
+    assert said == ["{} [{}, {}]".format(*numbers)]

@@ -365,3 +365,9 @@ def test_on_the_bundled_model_the_screen_finds_experts_that_matter_more_than_ran
 def test_the_clearest_lead_is_the_one_with_the_lowest_p_and_then_the_largest() -> None:
     leads = pd.DataFrame({"ranking": ["a", "b", "c"], "p": [0.10, 0.05, 0.05], "gap": [0.30, 0.10, 0.20]})
     assert clearest_first(leads)["ranking"].tolist() == ["c", "b", "a"]
+
+
+def test_the_sentence_says_when_no_p_can_be_small(found) -> None:
+    assert "no p can fall below 0.20 with 4 random sets: draw 20" in found.finding()
+    more = pd.concat([found.draws.assign(draw=found.draws["draw"] + 4 * i) for i in range(5)], ignore_index=True)
+    assert "p < .05 uncorrected" in replace(found, draws=more).finding()
